@@ -1,0 +1,1 @@
+"""Mixed-precision search for language models."""

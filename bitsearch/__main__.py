@@ -1,0 +1,5 @@
+"""`python -m bitsearch`."""
+
+from bitsearch.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""`bitsearch list`: what can be named on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bitsearch import registry
+from bitsearch.errors import UsageError
+
+Rows = list[dict[str, str]]
+
+
+def catalogue(kind: str) -> Rows:
+    """Objects with `name` and `about`.
+
+    Raises:
+        UsageError: no such kind.
+    """
+    kinds: dict[str, Callable[[], Rows]] = {
+        "estimators": _estimators,
+        "solvers": _solvers,
+        "quantizers": _quantizers,
+        "formats": _formats,
+        "models": _models,
+    }
+    if kind not in kinds:
+        raise UsageError(f"cannot list '{kind}'; write one of {', '.join(kinds)}")
+    return kinds[kind]()
+
+
+def _estimators() -> Rows:
+    from bitsearch.objectives.estimators import ESTIMATORS, GROUP
+
+    return _registered(GROUP, ESTIMATORS)
+
+
+def _solvers() -> Rows:
+    from bitsearch.solvers import GROUP, SOLVERS
+
+    return _registered(GROUP, SOLVERS)
+
+
+def _quantizers() -> Rows:
+    from bitsearch.quantizers import GROUP, QUANTIZERS
+
+    return _registered(GROUP, QUANTIZERS)
+
+
+def _formats() -> Rows:
+    from bitsearch.formats import INT_BITS, parse_format
+
+    rows = []
+    for bits in INT_BITS:
+        for group in ("g32", "g64", "g128", "row"):
+            for symmetric in ("", "-sym"):
+                format = parse_format(f"int{bits}-{group}{symmetric}")
+                bpw = 8 * format.bytes(4096, 4096) / 4096**2
+                rows.append({"name": format.name, "about": f"{bpw:.4f} bpw at 4096 × 4096"})
+    return [*rows, *({"name": name, "about": "16 bpw"} for name in ("bf16", "fp16"))]
+
+
+def _models() -> Rows:
+    from bitsearch.models.builtin import BUILTINS
+
+    return [{"name": name, "about": model.about} for name, model in BUILTINS.items()]
+
+
+def _registered(group: str, builtin: Mapping[str, str]) -> Rows:
+    """Registered functions with the first line of their docstring."""
+    rows = []
+    for name in registry.names(group, builtin):
+        loaded: Any = registry.load(group, builtin, name)
+        rows.append({"name": name, "about": (loaded.__doc__ or "").strip().partition("\n")[0]})
+    return rows

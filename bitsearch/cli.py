@@ -1,0 +1,313 @@
+"""The command line: parsing and printing only. Torch is imported inside commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from bitsearch.console import Stages, reporting
+from bitsearch.errors import BadInput, UsageError
+from bitsearch.settings import DEFAULT_CANDIDATES
+
+if TYPE_CHECKING:
+    from bitsearch.session import Session
+
+app = typer.Typer(
+    name="bitsearch",
+    help="Find the best mixed-precision policy of a language model within a budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(help="Built-in name, folder, GGUF file, hub id, or a run directory.")
+]
+Budgets = Annotated[
+    list[str],
+    typer.Option(
+        "--budget", "-b", help="3.5bpw, 3.5bpw@linear, 600MB, 1.2GiB or 0.8x; repeatable."
+    ),
+]
+Candidates = Annotated[
+    str | None, typer.Option(help=f"Formats a unit may take.  [default: {DEFAULT_CANDIDATES}]")
+]
+Freeze = Annotated[
+    list[str] | None, typer.Option(help="PATTERN=FORMAT: fix matching units; repeatable.")
+]
+Fuse = Annotated[
+    bool | None,
+    typer.Option("--fuse/--no-fuse", help="One format for q/k/v and for gate/up.  [default: fuse]"),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(help="Text cut into calibration, selection and evaluation parts; repeatable."),
+]
+CalibrationText = Annotated[str | None, typer.Option(help="Text for calibration alone.")]
+SelectionText = Annotated[str | None, typer.Option(help="Text for selection alone.")]
+EvaluationText = Annotated[str | None, typer.Option(help="Held-out text.")]
+Length = Annotated[int | None, typer.Option(min=16, help="Tokens a window.  [default: 512]")]
+Windows = Annotated[
+    str | None,
+    typer.Option(help="Calibration, selection and evaluation windows.  [default: 16,16,32]"),
+]
+Dtype = Annotated[str | None, typer.Option(help="Dtype to compute in.  [default: float32]")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed.  [default: 0]")]
+Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.")]
+Damage = Annotated[str, typer.Option(help="Damage estimator: see `bitsearch list estimators`.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    budget: Budgets,
+    candidates: Candidates = None,
+    freeze: Freeze = None,
+    fuse: Fuse = None,
+    units: Annotated[bool, typer.Option("--units", help="List every unit.")] = False,
+    revision: Revision = None,
+    json_: Json = False,
+) -> None:
+    """Feasible range, size and cost of a search, from the configuration alone."""
+    with reporting():
+        from bitsearch.plan import make_plan
+        from bitsearch.printing import print_plan
+
+        found = make_plan(
+            model,
+            budget,
+            candidates=candidates or DEFAULT_CANDIDATES,
+            frozen=_frozen(freeze) or {},
+            fuse=fuse is not False,
+            revision=revision,
+        )
+        _emit(found, json_, lambda: print_plan(found, units))
+
+
+@app.command()
+def measure(
+    model: Model,
+    out_: Out = None,
+    damage: Damage = "fisher_output",
+    candidates: Candidates = None,
+    freeze: Freeze = None,
+    fuse: Fuse = None,
+    text: Text = None,
+    calibration_text: CalibrationText = None,
+    selection_text: SelectionText = None,
+    evaluation_text: EvaluationText = None,
+    length: Length = None,
+    windows: Windows = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Measure a damage table; resumable, and reused by every search in the run."""
+    with (
+        reporting(),
+        _session(
+            model, out_, device, candidates=candidates, frozen=_frozen(freeze), fuse=fuse,
+            texts=text, own_texts=_own(calibration_text, selection_text, evaluation_text),
+            length=length, windows=windows, dtype=dtype, seed=seed, revision=revision,
+        ) as session,
+        Stages() as stages,
+    ):  # fmt: skip
+        from bitsearch.search import measure as measure_damage
+
+        session.save()
+        table = measure_damage(session, damage, stages)
+        path = session.run.path / "tables" / f"{damage}.safetensors"
+        found = {
+            "model": session.settings.model,
+            "estimator": damage,
+            "units": table.shape[0],
+            "candidates": table.shape[1],
+            "table": str(path),
+        }
+        shape = f"{table.shape[0]} units × {table.shape[1]} candidates"
+        _emit(found, json_, lambda: typer.echo(f"{shape} in {path}"))
+
+
+@app.command()
+def search(
+    model: Model,
+    budget: Budgets,
+    out_: Out = None,
+    damage: Damage = "fisher_output",
+    solver: Annotated[str, typer.Option(help="See `bitsearch list solvers`.")] = "pareto_dp",
+    candidates: Candidates = None,
+    freeze: Freeze = None,
+    fuse: Fuse = None,
+    text: Text = None,
+    calibration_text: CalibrationText = None,
+    selection_text: SelectionText = None,
+    evaluation_text: EvaluationText = None,
+    length: Length = None,
+    windows: Windows = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    diagnostics: Annotated[
+        int, typer.Option(min=0, help="Random policies and single units measured as diagnostics.")
+    ] = 12,
+    json_: Json = False,
+) -> None:
+    """Find the best policy within the budget, checked on the real model."""
+    with (
+        reporting(),
+        _session(
+            model, out_, device, candidates=candidates, frozen=_frozen(freeze), fuse=fuse,
+            texts=text, own_texts=_own(calibration_text, selection_text, evaluation_text),
+            length=length, windows=windows, dtype=dtype, seed=seed, revision=revision,
+        ) as session,
+        Stages() as stages,
+    ):  # fmt: skip
+        from bitsearch.printing import print_result
+        from bitsearch.search import Request
+        from bitsearch.search import search as run_search
+
+        found = run_search(session, Request(tuple(budget), damage, solver, diagnostics), stages)
+        stages.__exit__()
+        _emit(found, json_, lambda: print_result(found))
+
+
+@app.command()
+def front(
+    run: Annotated[Path, typer.Argument(help="Run directory of a search.")],
+    format_: Annotated[str, typer.Option("--format", help="csv or json.")] = "csv",
+) -> None:
+    """Print the Pareto front of the last search."""
+    with reporting():
+        path = run / f"front.{format_}"
+        if format_ not in ("csv", "json"):
+            raise UsageError(f"--format {format_}: write csv or json")
+        if not path.is_file():
+            raise BadInput(f"{run} holds no front; run `bitsearch search` with --out {run} first")
+        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    text: Annotated[list[str], typer.Option(help="Text to evaluate on; repeatable.")],
+    policy: Annotated[Path | None, typer.Option(help="Policy file; none: the model as is.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Calibration statistics, if not beside the policy.")
+    ] = None,
+    length: Length = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows over all texts.")] = 32,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """KL, perplexity and top-1 agreement of a policy, with intervals."""
+    with reporting(), Stages() as stages:
+        from bitsearch.printing import print_quality
+        from bitsearch.score import score_policy
+
+        found = score_policy(
+            model,
+            policy,
+            texts=text,
+            statistics=statistics,
+            length=length or 512,
+            windows=windows,
+            dtype=dtype or "float32",
+            device=device,
+            progress=stages,
+        )
+        stages.__exit__()
+        _emit(found, json_, lambda: print_quality(found))
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A policy, a table, or a run directory.")],
+    json_: Json = False,
+) -> None:
+    """Validate a policy, a table or a run."""
+    with reporting():
+        from bitsearch.check import check_path
+
+        found = check_path(path)
+        _emit(found, json_, lambda: typer.echo(f"{path}: {found['kind']}, valid"))
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[
+        str, typer.Argument(help="estimators, solvers, formats, quantizers or models.")
+    ],
+    json_: Json = False,
+) -> None:
+    """List what can be named on the command line."""
+    with reporting():
+        from bitsearch.catalogue import catalogue
+
+        found = catalogue(kind)
+        rows = "\n".join(f"{row['name']:24} {row['about']}" for row in found)
+        _emit(found, json_, lambda: typer.echo(rows))
+
+
+def _emit(found: Any, as_json: bool, show: Any) -> None:
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        show()
+
+
+def _frozen(freeze: list[str] | None) -> dict[str, str] | None:
+    if not freeze:
+        return None
+    pairs = [entry.rpartition("=") for entry in freeze]
+    if any(not pattern for pattern, _, _ in pairs):
+        raise UsageError("--freeze takes PATTERN=FORMAT, such as 'model.embed_tokens=int8-g64'")
+    return {pattern: name for pattern, _, name in pairs}
+
+
+def _own(*texts: str | None) -> dict[str, str] | None:
+    purposes = ("calibration", "selection", "evaluation")
+    given = {p: text for p, text in zip(purposes, texts, strict=True) if text is not None}
+    return given or None
+
+
+@contextmanager
+def _session(model: str, out_: Path | None, device: str, **given: Any) -> Iterator[Session]:
+    """The session of a model, or of an existing run; only what is given is compared."""
+    from bitsearch.session import open_session
+
+    with open_session(model, out_, device, given) as session:
+        yield session
+
+
+def version_text() -> str:
+    """The installed version."""
+    from importlib.metadata import version
+
+    return f"bitsearch {version('bitsearch')}"
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(version_text())
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Entry point of the `bitsearch` command."""
+    app()
+    raise SystemExit(0)

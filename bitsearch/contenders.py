@@ -1,0 +1,155 @@
+"""The policies that are measured before one is shipped: searched ones and controls.
+
+At every budget the solver's optimum stands beside its neighbours on the front,
+the optima without the lowest widths (the additive model breaks down there
+first), and controls of the same bytes that know nothing of sensitivity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsearch.errors import InfeasibleBudget
+from bitsearch.formats import Format
+from bitsearch.solvers import controls
+from bitsearch.solvers.pareto_dp import Front
+from bitsearch.solvers.problem import Choice, Problem, Solver
+from bitsearch.space import Space
+
+NEIGHBOURS = 3
+_EMBEDDING_BITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A policy to be measured.
+
+    Attributes:
+        name: what it is.
+        choice: (units,) candidate indices.
+        is_control: whether it ignores the damage table, or turns it round.
+    """
+
+    name: str
+    choice: Choice
+    is_control: bool
+
+
+def searched(
+    problem: Problem, best: Choice, front: Front | None, space: Space, solver: Solver, seed: int
+) -> list[Contender]:
+    """The optimum, its neighbours on the front, and optima above a lowest width."""
+    found = [Contender("searched", best, False)]
+    if front is not None:
+        at = front.within(int(problem.budgets[0]))
+        # Steps of a fifth of a per cent: nearer points differ in a unit or two.
+        for step in range(1, NEIGHBOURS + 1):
+            below = int(front.bytes[at] * (1 - 0.002 * step))
+            if below >= front.bytes[0]:
+                found.append(Contender(f"front-{step}", front.choice(front.within(below)), False))
+    widths = sorted({candidate.bits for candidate in space.candidates})
+    for floor in widths[1:-1]:
+        keep = np.array([candidate.bits >= floor for candidate in space.candidates])
+        allowed = np.isfinite(problem.damage)
+        narrowed = np.where(
+            keep | ~(allowed & keep).any(axis=1, keepdims=True), problem.damage, np.inf
+        )
+        try:
+            solution = solver(replace(problem, damage=narrowed), seed=seed)
+        except InfeasibleBudget:
+            break
+        found.append(Contender(f"at-least-{floor}-bits", solution.choice, False))
+    return _distinct(found)
+
+
+def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
+    """Controls for one byte budget: uniform, filled, first/last, random, reversed.
+
+    `uniform-F` holds every unit in the widest format F of its family (kind,
+    group size, symmetry) that fits. `filled-…` spends the rest of the budget on
+    the next width, spread evenly over depth; `embed8-…` does the same with the
+    embedding and the head at 8 bits, as GGUF files usually have them.
+    """
+    found: list[Contender] = []
+    for family, columns in _families(space).items():
+        embedding = [i for i, unit in enumerate(space.units) if unit.kind in ("embedding", "head")]
+        fixed = problem
+        eight = [c for c in columns if space.candidates[c].bits == _EMBEDDING_BITS]
+        if eight and embedding:
+            damage = problem.damage.copy()
+            others = [c for c in range(damage.shape[1]) if c != eight[0]]
+            frozen = ~np.isfinite(damage[embedding, eight[0]])
+            damage[np.ix_(embedding, others)] = np.where(
+                frozen[:, None], damage[np.ix_(embedding, others)], np.inf
+            )
+            fixed = replace(problem, damage=damage)
+        for prefix, task in (("", problem), ("embed8-", fixed)):
+            if prefix and fixed is problem:
+                continue
+            steps = [
+                (low, high) for low, high in zip(columns, [*columns[1:], columns[-1]], strict=True)
+            ]
+            for low, high in reversed(steps):
+                try:
+                    uniform = controls.spread(task, low, low)
+                except InfeasibleBudget:
+                    continue
+                if not prefix:
+                    found.append(Contender(f"uniform-{space.candidates[low].name}", uniform, True))
+                filled = controls.spread(task, low, high)
+                found.append(Contender(f"{prefix}filled-{family}", filled, True))
+                if not prefix:
+                    blocks = _depth(space)
+                    choice = controls.first_last(task, blocks, low, high)
+                    found.append(Contender(f"first-last-{family}", choice, True))
+                break
+    rng = np.random.default_rng([seed, 1])
+    found.append(Contender("random", controls.random_feasible(problem, rng), True))
+    found.append(Contender("reversed", controls.reversed_ranking(problem), True))
+    return _distinct(found)
+
+
+def random_policies(problem: Problem, count: int, seed: int) -> list[Contender]:
+    """Random feasible mixes at the budget, for rank correlation."""
+    return [
+        Contender(
+            f"random-{index}",
+            controls.random_feasible(problem, np.random.default_rng([seed, 2, index])),
+            True,
+        )
+        for index in range(count)
+    ]
+
+
+def _families(space: Space) -> dict[str, list[int]]:
+    """Columns of integer formats by group size and symmetry, narrowest first."""
+    families: dict[str, list[int]] = {}
+    for column, format in enumerate(space.candidates):
+        if format.kind == "int":
+            families.setdefault(_family(format), []).append(column)
+    return {
+        name: sorted(columns, key=lambda c: space.candidates[c].bits)
+        for name, columns in families.items()
+    }
+
+
+def _family(format: Format) -> str:
+    return format.name.partition("-")[2]
+
+
+def _depth(space: Space) -> NDArray[np.int64]:
+    """Block index of each unit; embedding before the first, head after the last."""
+    last = max((u.block for u in space.units if u.block is not None), default=0)
+    outside = {"embedding": -1, "head": last + 1}
+    return np.array([u.block if u.block is not None else outside[u.kind] for u in space.units])
+
+
+def _distinct(contenders: list[Contender]) -> list[Contender]:
+    """The first of each choice."""
+    seen: dict[bytes, Contender] = {}
+    for contender in contenders:
+        seen.setdefault(contender.choice.tobytes(), contender)
+    return list(seen.values())

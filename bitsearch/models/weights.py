@@ -1,0 +1,46 @@
+"""Read and write one matrix of a model, whatever way the model stores it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitsearch.units import Matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def read_weight(model: nn.Module, matrix: Matrix) -> Tensor:
+    """A float32 copy of a matrix, shape (count · out_features, in_features).
+
+    Rows of stacked experts follow one another; each row is one output.
+    """
+    import torch
+
+    stored = model.get_parameter(matrix.name).detach()
+    rows = stored.mT if matrix.transposed else stored
+    copy = torch.empty(rows.shape, dtype=torch.float32, device=rows.device).copy_(rows)
+    return copy.reshape(-1, matrix.in_features)
+
+
+def write_weight(model: nn.Module, matrix: Matrix, value: Tensor) -> None:
+    """Overwrite a matrix in place, so that tied parameters stay tied.
+
+    Args:
+        model: the model that holds the parameter.
+        matrix: which parameter, and how it is stored.
+        value: (count · out_features, in_features), any float dtype and device;
+            rounded to the dtype of the parameter.
+
+    Raises:
+        ValueError: `value` has another shape.
+    """
+    import torch
+
+    expected = (matrix.count * matrix.out_features, matrix.in_features)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{matrix.name} takes {expected}, not {tuple(value.shape)}")
+    stored = model.get_parameter(matrix.name)
+    rows = stored.mT if matrix.transposed else stored
+    with torch.no_grad():
+        rows.copy_(value.reshape(rows.shape))

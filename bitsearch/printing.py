@@ -1,0 +1,129 @@
+"""Results as people read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Column, Table
+
+from bitsearch.console import out
+
+
+def print_result(found: dict[str, Any]) -> None:
+    """The outcome of a search."""
+    budget = " and ".join(found["budget"])
+    out.print(
+        f"\n[bold]{escape(found['model'])}[/] within {budget}: "
+        f"{found['bytes']:,} bytes, {found['bpw']:.3f} bits a weight"
+    )
+    table = Table(
+        Column("held-out text", overflow="fold"),
+        *("bpw", "KL", "95 % interval", "perplexity", "shipped − it, paired"),
+    )
+    table.add_row(
+        f"[bold]{found['shipped']} (shipped)[/]",
+        f"{found['bpw']:.3f}",
+        f"[bold]{found['kl']:.4f}[/]",
+        _interval(found["kl_ci"]),
+        f"{found['perplexity']:.2f}",
+        "",
+    )
+    for control in sorted(found["controls"], key=lambda row: row["kl"]):
+        table.add_row(
+            control["name"],
+            f"{control['bpw']:.3f}",
+            f"{control['kl']:.4f}",
+            _interval(control["kl_ci"]),
+            f"{control['perplexity']:.2f}",
+            f"{control['difference']:+.4f} {_interval(control['difference_ci'])}",
+        )
+    table.add_row("unquantized", "16", "0", "", f"{found['reference_perplexity']:.2f}", "")
+    out.print(table)
+    out.print(f"top-1 agreement with the unquantized model: {100 * found['top1']:.1f} %")
+    for name, text in found.get("texts", {}).items():
+        out.print(f"  {escape(name)}: KL {text['kl']:.4f}, perplexity {text['perplexity']:.2f}")
+    _print_diagnostics(found)
+    solver = found["solver"]
+    gap = "unknown" if solver["gap"] is None else f"{solver['gap']:.2g}"
+    out.print(
+        f"solver {solver['name']}: gap {gap}, {solver['seconds']:.2f} s; "
+        f"measuring took {found['measure_seconds']:.0f} s, all {found['seconds']:.0f} s; "
+        f"peak memory {found['peak_rss_bytes'] / 1e9:.1f} GB"
+    )
+    out.print(f"policy: {escape(found['policy'])}")
+
+
+def _print_diagnostics(found: dict[str, Any]) -> None:
+    """Each with what it means."""
+    d = found["diagnostics"]
+    if d["sigma"] is not None:
+        out.print(
+            f"sensitivities spread by σ = {d['sigma']:.2f}: at best "
+            f"{d['ceiling']:.2f} times the damage of uniform widths, if damage were additive"
+        )
+    if d.get("additivity") is not None:
+        verdict = "additive" if d["additivity"] < 1.5 else "units interact: trust measurements only"
+        out.print(
+            f"additivity R = {d['additivity']:.2f} ({verdict}; "
+            f"from {d['additivity_units']} units measured alone)"
+        )
+    if d.get("rank_correlation") is not None:
+        out.print(
+            f"rank correlation of predicted with measured damage: {d['rank_correlation']:.2f} "
+            f"over {d['random_policies']} random policies"
+        )
+
+
+def print_plan(found: dict[str, Any], units: bool) -> None:
+    """The feasible range and the size of every candidate."""
+    low, high = found["range"]["bytes"]
+    low_bpw, high_bpw = found["range"]["bpw"]
+    out.print(
+        f"[bold]{escape(found['model'])}[/]: {found['architecture']}, "
+        f"{found['parameters']:,} parameters, {len(found['units'])} units"
+    )
+    out.print(f"achievable: {low:,} to {high:,} bytes, {low_bpw:.3f} to {high_bpw:.3f} bpw")
+    for budget in found["budgets"]:
+        fits = budget["uniform"] or "no uniform format"
+        out.print(f"budget {budget['text']}: {budget['bytes']:,} bytes; {fits} fits everywhere")
+    table = Table("candidate", "bytes everywhere", "bpw")
+    for row in found["candidates"]:
+        table.add_row(
+            row["name"], f"{row['bytes']:,}", f"{8 * row['bytes'] / found['parameters']:.3f}"
+        )
+    out.print(table)
+    if units:
+        listed = Table(Column("unit", overflow="fold"), "kind", "parameters", "tensors")
+        for unit in found["units"]:
+            listed.add_row(
+                unit["name"], unit["kind"], f"{unit['parameters']:,}", str(len(unit["tensors"]))
+            )
+        out.print(listed)
+    for name, reason in found["excluded"].items():
+        out.print(f"kept at 16 bits: {name} ({reason})")
+    cost = found["cost"]
+    out.print(
+        f"on {cost['cores']} cores with default settings, roughly: fisher_output "
+        f"{_minutes(cost['seconds_fisher_output'])}, kl {_minutes(cost['seconds_kl'])}, "
+        f"checking {_minutes(cost['seconds_check'])}, {cost['memory_bytes'] / 1e9:.1f} GB of memory"
+    )
+
+
+def print_quality(found: dict[str, Any]) -> None:
+    """The quality of one policy."""
+    out.print(
+        f"KL {found['kl']:.5f} {_interval(found['kl_ci'])}, perplexity {found['perplexity']:.3f} "
+        f"(unquantized {found['reference_perplexity']:.3f}), top-1 {100 * found['top1']:.2f} %, "
+        f"{found['tokens']:,} tokens"
+    )
+    for name, text in found.get("texts", {}).items():
+        out.print(f"  {escape(name)}: KL {text['kl']:.5f}, perplexity {text['perplexity']:.3f}")
+
+
+def _interval(pair: tuple[float, float]) -> str:
+    return f"\\[{pair[0]:.4f}, {pair[1]:.4f}]"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

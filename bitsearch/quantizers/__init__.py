@@ -1,0 +1,20 @@
+"""The quantizers by name: (weight, format, importance) -> Quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitsearch import registry
+
+GROUP = "bitsearch.quantizers"
+
+QUANTIZERS = {"rtn": "bitsearch.quantizers.rtn:quantize"}
+
+
+def load_quantizer(name: str) -> Any:
+    """The quantizer of a name.
+
+    Raises:
+        UsageError: no such quantizer.
+    """
+    return registry.load(GROUP, QUANTIZERS, name)

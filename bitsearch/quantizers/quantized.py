@@ -1,0 +1,78 @@
+"""A quantized matrix: codes with their scales and zero points, and its bytes.
+
+The packed form is what `Format.bytes` counts. Rounding scales to float16
+happens before codes are chosen, so the packed tensor decodes to exactly the
+values that were measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitsearch.formats import Format
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Integer codes of an (out, in) matrix with `groups` groups in a row.
+
+    Attributes:
+        format: the integer format.
+        codes: (out, in) uint8, in [0, 2^bits).
+        scales: (out, groups) float16.
+        zeros: (out, groups) uint8; for a symmetric format all 2^(bits-1).
+    """
+
+    format: Format
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def dequantize(self) -> Tensor:
+        """(out, in) float32: scale · (code − zero)."""
+        columns = self.codes.shape[1]
+        size = self.format.group_size or columns
+        scales = self.scales.float().repeat_interleave(size, dim=1)[:, :columns]
+        zeros = self.zeros.float().repeat_interleave(size, dim=1)[:, :columns]
+        return (self.codes.float() - zeros) * scales
+
+    def pack(self) -> dict[str, Tensor]:
+        """The tensors as they are stored; their bytes sum to `Format.bytes`."""
+        bits = self.format.bits
+        packed = {
+            "codes": torch.from_numpy(pack_rows(self.codes.cpu().numpy(), bits)),
+            "scales": self.scales.cpu().contiguous(),
+        }
+        if not self.format.symmetric:
+            packed["zeros"] = torch.from_numpy(pack_rows(self.zeros.cpu().numpy(), bits))
+        return packed
+
+
+def unpack(packed: dict[str, Tensor], format: Format, in_features: int) -> Quantized:
+    """The inverse of `Quantized.pack` for a matrix of `in_features` columns."""
+    groups = format.groups(in_features)
+    scales = packed["scales"]
+    if format.symmetric:
+        zeros = torch.full(scales.shape, 2 ** (format.bits - 1), dtype=torch.uint8)
+    else:
+        zeros = torch.from_numpy(unpack_rows(packed["zeros"].numpy(), format.bits, groups))
+    codes = torch.from_numpy(unpack_rows(packed["codes"].numpy(), format.bits, in_features))
+    return Quantized(format, codes, scales, zeros)
+
+
+def pack_rows(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """(rows, n) codes below 2^bits -> (rows, ceil(n·bits/8)) bytes, low bit first."""
+    planes = np.unpackbits(values[:, :, None], axis=2, count=bits, bitorder="little")
+    return np.packbits(planes.reshape(len(values), -1), axis=1, bitorder="little")
+
+
+def unpack_rows(packed: NDArray[np.uint8], bits: int, columns: int) -> NDArray[np.uint8]:
+    """The inverse of `pack_rows`: (rows, columns) codes."""
+    flat = np.unpackbits(packed, axis=1, count=columns * bits, bitorder="little")
+    planes = flat.reshape(len(packed), columns, bits)
+    return np.packbits(planes, axis=2, bitorder="little")[:, :, 0]

@@ -1,0 +1,140 @@
+"""`bitsearch eval`: the quality of a policy file, or of a model as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitsearch.corpora import make_corpus, read_text
+from bitsearch.errors import BadInput
+from bitsearch.evaluate import Quality, summary
+from bitsearch.formats import Format, parse_format
+from bitsearch.models.fingerprint import fingerprint
+from bitsearch.models.load import load_model, open_layout
+from bitsearch.policy import Policy, load_policy
+from bitsearch.quantizers import load_quantizer
+from bitsearch.run import check_same
+from bitsearch.session import embedding_rows, pick_device
+from bitsearch.units import ModelLayout, Unit
+
+
+def score_policy(
+    model: str,
+    policy_path: Path | None,
+    *,
+    texts: Sequence[str],
+    statistics: Path | None,
+    length: int,
+    windows: int,
+    dtype: str,
+    device: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """KL, perplexity and top-1 agreement on texts, each with its share of windows.
+
+    Args:
+        model: model reference; must be the one that the policy was made for.
+        policy_path: a policy file; None measures the unquantized model.
+        texts: built-in names or files, taken whole.
+        statistics: calibration statistics; by default the file that the policy names.
+        length: tokens a window.
+        windows: windows over all texts.
+        dtype: what to compute in.
+        device: where.
+        progress: called with stage, done, total.
+
+    Raises:
+        BadInput: model and policy do not fit, or a file cannot be used.
+    """
+    policy = load_policy(policy_path) if policy_path is not None else None
+    layout, _, source = open_layout(model)
+    if policy is not None and policy_path is not None:
+        check_same(
+            policy.model.fingerprint,
+            {k: v for k, v in fingerprint(source).items() if v},
+            policy_path,
+            "model",
+        )
+    contents = [(text, read_text(text)) for text in texts]
+    progress("evaluation", 0, 3)
+    loaded = load_model(source, dtype=dtype, device=pick_device(device))
+
+    from bitsearch.models.decoder import Decoder
+    from bitsearch.objectives.memory import available_bytes
+    from bitsearch.objectives.teacher import Teacher
+    from bitsearch.objectives.weights import CandidateWeights
+
+    rows = embedding_rows(loaded.model)
+    corpus = make_corpus("evaluation", contents, loaded.tokenizer, length, windows, rows)
+    decoder = Decoder(loaded.model, layout.blocks)
+    progress("evaluation", 1, 3)
+    teacher = Teacher(decoder, corpus.tokens, restart=False)
+    reference = teacher.measure()
+    progress("evaluation", 2, 3)
+    measured = reference
+    if policy is not None and policy_path is not None:
+        weights = CandidateWeights(
+            loaded.model,
+            load_quantizer(policy.quantizer.method),
+            _statistics(policy, policy_path, statistics, decoder.device),
+            available_bytes(decoder.device) // 3,
+        )
+        with weights.applied(assignment(policy, layout)):
+            measured = teacher.measure()
+    progress("evaluation", 3, 3)
+    quality = Quality(
+        *(part.double().numpy() for part in (measured.kl, measured.nll, measured.top1))
+    )
+    return {
+        "model": model,
+        "policy": None if policy_path is None else str(policy_path),
+        "bytes": 2 * layout.parameters if policy is None else policy.achieved.bytes,
+        "tokens": corpus.tokens.numel(),
+        "corpus": corpus.describe(),
+        **summary(quality, reference.nll.double().numpy(), corpus),
+    }
+
+
+def assignment(policy: Policy, layout: ModelLayout) -> list[tuple[Unit, Format]]:
+    """The policy's format of every matrix of a model, one single-matrix unit each.
+
+    Raises:
+        BadInput: the policy leaves a matrix out.
+    """
+    found = []
+    for unit in layout.units:
+        for matrix in unit.matrices:
+            if matrix.name not in policy.modules:
+                raise BadInput(f"the policy says nothing about {matrix.name}")
+            single = Unit(matrix.module, unit.kind, (matrix,), unit.block)
+            found.append((single, parse_format(policy.modules[matrix.name].format)))
+    return found
+
+
+def _statistics(policy: Policy, path: Path, given: Path | None, device: Any) -> dict[str, Any]:
+    """The calibration statistics that the policy was made with."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    wanted = policy.quantizer.statistics
+    if wanted is None:
+        return {}
+    # policies/ lies below the folder that holds the statistics
+    places = [given] if given else [path.parent / wanted.file, path.parent.parent / wanted.file]
+    for place in places:
+        try:
+            content = place.read_bytes()
+        except OSError:
+            continue
+        if hashlib.sha256(content).hexdigest() != wanted.sha256:
+            raise BadInput(f"{place} is not the calibration that {path} was made with")
+        try:
+            return {name: mean.to(device) for name, mean in load(content).items()}
+        except SafetensorError as error:
+            raise BadInput(f"{place} is damaged: {error}") from error
+    raise BadInput(
+        f"{path} was made with calibration statistics '{wanted.file}', which is not beside it; "
+        "give it with --statistics"
+    )

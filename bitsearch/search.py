@@ -1,0 +1,278 @@
+"""The pipeline: tables → solver → contenders → measured on the real model → policy."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsearch.budget import Budget, check_feasible, parse_budget, resources
+from bitsearch.contenders import Contender, byte_matched, random_policies, searched
+from bitsearch.diagnostics import additivity, rank_correlation, sensitivity_spread
+from bitsearch.errors import UsageError
+from bitsearch.evaluate import Quality, interval, summary
+from bitsearch.judge import Judge
+from bitsearch.objectives.estimators import load_estimator
+from bitsearch.policy import save_policy
+from bitsearch.record import make_policy, save_front
+from bitsearch.run import atomic_write
+from bitsearch.session import Session
+from bitsearch.solvers import load_solver
+from bitsearch.solvers.monotone import monotone
+from bitsearch.solvers.pareto_dp import front
+from bitsearch.solvers.problem import Problem, Solution
+from bitsearch.tables import complete_table, load_table, measure_table
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of one search.
+
+    Attributes:
+        budgets: as the user wrote them; all hold at once.
+        estimator: name of the damage estimator.
+        solver: name of the solver.
+        diagnostics: random policies, and single units, measured for diagnostics.
+    """
+
+    budgets: tuple[str, ...]
+    estimator: str
+    solver: str
+    diagnostics: int
+
+
+def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.float64]:
+    """The damage table of an estimator, measured as far as it is missing.
+
+    Returns:
+        (units, candidates), +inf where not allowed, made monotone in bytes.
+    """
+    space = session.space
+    load = load_estimator(estimator)
+    if complete_table(session.run, estimator) and (session.run.path / "model.json").exists():
+        damage = load_table(session.run, estimator, space)
+    else:
+        from bitsearch.objectives.damage.scoring import Scoring
+
+        signature = session.table_signature(estimator)
+        scoring = Scoring(
+            session.decoder,
+            space.units,
+            space.candidates,
+            session.weights,
+            session.corpora["calibration"].tokens,
+            session.settings.seed,
+        )
+        damage = measure_table(
+            session.run,
+            estimator,
+            space,
+            signature,
+            lambda cells: load(scoring, cells),
+            lambda done, total: progress(f"damage ({estimator})", done, total),
+        )
+    return monotone(_never_reached(damage, session), space.bytes)
+
+
+def search(session: Session, request: Request, progress: Progress) -> dict[str, Any]:
+    """Find, measure and store the best policy within the budgets.
+
+    Returns:
+        The result, as `search --json` prints it; `policy` is the path of the file.
+
+    Raises:
+        InfeasibleBudget: no policy keeps the budgets; raised before weights are read.
+        UsageError: an unknown name, or budgets that cannot be read.
+    """
+    started = time.monotonic()
+    space = session.space
+    budgets = [parse_budget(text, space) for text in request.budgets]
+    if not budgets:
+        raise UsageError("no budget given; write --budget 4.5bpw, for example")
+    check_feasible(budgets, space)
+    costs, limits = resources(budgets, space)
+    solver = load_solver(request.solver)
+    # Solved without damage first: budgets that cannot hold together, or that the
+    # solver cannot take, are refused before anything is measured.
+    nothing = np.where(space.allowed, 0.0, np.inf)
+    solver(Problem(nothing, costs, limits), seed=session.settings.seed)
+    load_estimator(request.estimator)
+    session.save()
+    session.run.log("search", budgets=list(request.budgets), estimator=request.estimator)
+    damage = measure(session, request.estimator, progress)
+    measured_seconds = time.monotonic() - started
+
+    problem = Problem(damage, costs, limits)
+    clock = time.monotonic()
+    solution = solver(problem, seed=session.settings.seed)
+    solver_seconds = time.monotonic() - clock
+    curve = front(damage, costs[0]) if len(budgets) == 1 else None
+    if curve is not None:
+        save_front(session.run, space, budgets[0], curve)
+
+    contenders = searched(problem, solution.choice, curve, space, solver, session.settings.seed)
+    if len(budgets) == 1:
+        contenders += byte_matched(problem, space, session.settings.seed)
+    judge = Judge(session, "selection")
+    selected = _measured(judge, contenders, "selection text", progress)
+    shipped = min(zip(contenders, selected, strict=True), key=lambda pair: pair[1].mean_kl)[0]
+    found = _diagnose(judge, problem, space, solution, budgets[0], request, session, progress)
+
+    final = Judge(session, "evaluation")
+    controls = [contender for contender in contenders if contender.is_control]
+    judged = _measured(final, [shipped, *controls], "held-out text", progress)
+    selection_quality = judge.quality(shipped.choice)
+    policy = make_policy(
+        session,
+        shipped,
+        request.estimator,
+        request.budgets,
+        problem.total_damage(shipped.choice),
+        {
+            "selection": summary(selection_quality, judge.reference_nll, judge.corpus),
+            "evaluation": summary(judged[0], final.reference_nll, final.corpus),
+        },
+        {"solver": request.solver, "gap": solution.gap},
+    )
+    path = session.run.path / "policy.json"
+    atomic_write(path, save_policy(policy).encode())
+    slug = "+".join(text.replace("@", "-") for text in request.budgets)
+    atomic_write(session.run.path / "policies" / f"{slug}.json", save_policy(policy).encode())
+
+    result = {
+        "model": session.settings.model,
+        "budget": list(request.budgets),
+        "bytes": policy.achieved.bytes,
+        "bpw": policy.achieved.bpw,
+        "limit_bytes": [budget.limit for budget in budgets],
+        "shipped": shipped.name,
+        **summary(judged[0], final.reference_nll, final.corpus),
+        "controls": [
+            _control(contender, quality, judged[0], session)
+            for contender, quality in zip(controls, judged[1:], strict=True)
+        ],
+        "selection": [
+            {"name": c.name, "bytes": space.total_bytes(c.choice), "kl": q.mean_kl}
+            for c, q in zip(contenders, selected, strict=True)
+        ],
+        "diagnostics": found,
+        "solver": {
+            "name": request.solver,
+            "gap": solution.gap,
+            "seconds": solver_seconds,
+        },
+        "measure_seconds": measured_seconds,
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": _peak_rss(),
+        "policy": str(path),
+    }
+    session.run.write_json("result.json", result)
+    session.run.log("done", seconds=result["seconds"])
+    return result
+
+
+def _measured(
+    judge: Judge, contenders: Sequence[Contender], stage: str, progress: Progress
+) -> list[Quality]:
+    qualities = []
+    for index, contender in enumerate(contenders):
+        progress(stage, index, len(contenders))
+        qualities.append(judge.quality(contender.choice))
+    progress(stage, len(contenders), len(contenders))
+    return qualities
+
+
+def _never_reached(damage: NDArray[np.float64], session: Session) -> NDArray[np.float64]:
+    """Score as worst what calibration text never reached: no damage was seen, none is known."""
+    lossy = np.array([candidate.kind == "int" for candidate in session.space.candidates])
+    known = session.space.allowed & lossy
+    silent = ((damage == 0) | ~known).all(axis=1) & known.any(axis=1)
+    if not silent.any() or silent.all():
+        return damage
+    worst = np.where(known & ~silent[:, None], damage, 0).max(axis=0)
+    for unit in np.flatnonzero(silent):
+        log.warning(
+            "%s: calibration text never reached it; scored as the most sensitive unit, "
+            "give more text or --freeze it",
+            session.space.units[unit].name,
+        )
+    return np.where(silent[:, None] & known, worst[None], damage)
+
+
+def _diagnose(
+    judge: Judge,
+    problem: Problem,
+    space: Any,
+    solution: Solution,
+    budget: Budget,
+    request: Request,
+    session: Session,
+    progress: Progress,
+) -> dict[str, Any]:
+    """σ and its ceiling, additivity R, rank correlation over random policies, the gap."""
+    bits = 8 * budget.limit / space.layout.parameters
+    damage = np.asarray(problem.damage, np.float64)
+    sigma, ceiling = sensitivity_spread(damage, space, bits)
+    found: dict[str, Any] = {"sigma": _number(sigma), "ceiling": _number(ceiling)}
+    found["gap"] = solution.gap
+    if not request.diagnostics:
+        return found
+
+    def alone(unit: int) -> float:
+        return judge.alone(solution.choice, unit)
+
+    progress("additivity", 0, 1)
+    kl = judge.quality(solution.choice).mean_kl
+    ratio, units = additivity(
+        damage, solution.choice, kl, alone, request.diagnostics, session.settings.seed
+    )
+    progress("additivity", 1, 1)
+    found |= {"additivity": _number(ratio), "additivity_units": units}
+    if len(problem.costs) == 1:
+        policies = random_policies(problem, request.diagnostics, session.settings.seed)
+        measured = _measured(judge, policies, "random policies", progress)
+        predicted = [problem.total_damage(policy.choice) for policy in policies]
+        rho = rank_correlation(predicted, [quality.mean_kl for quality in measured])
+        found |= {"rank_correlation": _number(rho), "random_policies": len(policies)}
+    return found
+
+
+def _control(
+    contender: Contender, quality: Quality, shipped: Quality, session: Session
+) -> dict[str, Any]:
+    """A control's figures, and by how much the shipped policy beats it, paired."""
+    size = session.space.total_bytes(contender.choice)
+    difference = shipped.kl - quality.kl
+    return {
+        "name": contender.name,
+        "bytes": size,
+        "bpw": 8 * size / session.space.layout.parameters,
+        "kl": quality.mean_kl,
+        "kl_ci": interval(quality.kl),
+        "perplexity": quality.perplexity,
+        "difference": float(difference.mean()),
+        "difference_ci": interval(difference),
+    }
+
+
+def _number(value: float) -> float | None:
+    """NaN is not JSON."""
+    return None if np.isnan(value) else value
+
+
+def _peak_rss() -> int:
+    """Peak resident memory of this process in bytes (Linux counts in KiB, macOS in bytes)."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,256 @@
+"""One run's model, texts and weights, each made when first needed.
+
+Settings fix the meaning of every number in a run directory. They are stored in
+`space.json` when the run is made, and compared whenever it is opened again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitsearch.corpora import Corpus, TextPlan, load_corpora
+from bitsearch.errors import BadInput, UsageError
+from bitsearch.formats import parse_formats
+from bitsearch.models.fingerprint import fingerprint
+from bitsearch.models.load import LoadedModel, load_model, open_layout
+from bitsearch.quantizers import load_quantizer
+from bitsearch.run import STATISTICS, Run, atomic_write, check_same
+from bitsearch.settings import (
+    SCHEMA,
+    Settings,
+    default_settings,
+    parse_windows,
+    plain,
+    stored_settings,
+)
+from bitsearch.space import Space, make_space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitsearch.models.decoder import Decoder
+    from bitsearch.objectives.weights import CandidateWeights
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """A run with its settings; loads what is asked for, once.
+
+    Args:
+        run: the open run directory.
+        settings: stored in a new run, compared with those of an old one.
+        device: where the model runs, e.g. `cpu` or `cuda:0`.
+
+    Raises:
+        SettingsMismatch: the run was made with other settings.
+        BadInput: the model cannot be opened.
+    """
+
+    def __init__(self, run: Run, settings: Settings, device: str) -> None:
+        self.run = run
+        self.settings = settings
+        self.device = device
+        path = run.path / "space.json"
+        if path.exists():
+            check_same(plain(stored_settings(run.path)), plain(settings), path)
+        layout, _, self.source = open_layout(
+            settings.model, revision=settings.revision, fuse=settings.fuse
+        )
+        self.space: Space = make_space(
+            layout, parse_formats(",".join(settings.candidates)), settings.frozen
+        )
+
+    def save(self) -> None:
+        """Store the space with its settings, or check that the stored one is the same.
+
+        A new run is stored once its model and its texts have been found good, so that
+        a mistyped name does not stick to it.
+        """
+        space = self.space
+        if not (self.run.path / "space.json").exists():
+            _ = self._windows
+        self.run.settle(
+            "space.json",
+            {
+                "schema": SCHEMA,
+                "settings": plain(self.settings),
+                "parameters": space.layout.parameters,
+                "kept_bytes": space.layout.kept_bytes,
+                "candidates": [candidate.name for candidate in space.candidates],
+                "units": [
+                    {
+                        "name": unit.name,
+                        "kind": unit.kind,
+                        "block": unit.block,
+                        "parameters": unit.parameters,
+                        "tensors": [matrix.name for matrix in unit.matrices],
+                        "allowed": [bool(a) for a in allowed],
+                    }
+                    for unit, allowed in zip(space.units, space.allowed, strict=True)
+                ],
+            },
+        )
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the model's configuration and tensors; settled with the run."""
+        found = {key: value for key, value in fingerprint(self.loaded_source).items() if value}
+        self.run.settle("model.json", found)
+        return found
+
+    @cached_property
+    def loaded_source(self) -> Any:
+        """The model's files, weights included; fetched if they are on a hub."""
+        from bitsearch.models.source import with_weights
+
+        return with_weights(self.source)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model with its weights."""
+        log.info("loading %s", self.settings.model)
+        return load_model(
+            self.loaded_source,
+            dtype=self.settings.dtype,
+            device=self.device,
+            fuse=self.settings.fuse,
+        )
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model, cut at its blocks."""
+        from bitsearch.models.decoder import Decoder
+
+        return Decoder(self.loaded.model, self.space.layout.blocks)
+
+    @cached_property
+    def corpora(self) -> dict[str, Corpus]:
+        """Calibration, selection and evaluation windows; settled with the run."""
+        corpora = self._windows
+        self.run.settle("corpora.json", {p: corpus.describe() for p, corpus in corpora.items()})
+        return corpora
+
+    @cached_property
+    def _windows(self) -> dict[str, Corpus]:
+        settings = self.settings
+        plan = TextPlan(settings.texts, settings.own_texts, settings.length, settings.windows)
+        return load_corpora(plan, self.loaded.tokenizer, embedding_rows(self.loaded.model))
+
+    @cached_property
+    def importance(self) -> dict[str, Tensor]:
+        """Mean squares of each matrix's input columns on calibration text."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save
+
+        from bitsearch.objectives.statistics import input_mean_squares
+
+        path = self.run.path / STATISTICS
+        calibration = self.corpora["calibration"]
+        if not path.exists():
+            means, reached = input_mean_squares(self.decoder, self.space.units, calibration.tokens)
+            for name, count in reached.items():
+                if not count:
+                    log.warning("no calibration token reaches %s", name)
+            content = {name: mean.cpu().clone() for name, mean in means.items()}
+            atomic_write(path, save(content, metadata={"corpus": calibration.sha256}))
+        try:
+            stored = load_file(path)
+        except SafetensorError as error:
+            raise BadInput(
+                f"{path} is damaged: {error}; delete it, and the tables, to measure anew"
+            ) from error
+        return {name: mean.to(self.device) for name, mean in stored.items()}
+
+    @cached_property
+    def weights(self) -> CandidateWeights:
+        """The model's weights under any assignment."""
+        from bitsearch.objectives.memory import available_bytes
+        from bitsearch.objectives.weights import CandidateWeights
+
+        return CandidateWeights(
+            self.loaded.model,
+            load_quantizer(self.settings.quantizer),
+            self.importance,
+            available_bytes(self.decoder.device) // 3,
+        )
+
+    def table_signature(self, estimator: str) -> dict[str, Any]:
+        """What a damage table's meaning depends on."""
+        return {
+            "estimator": estimator,
+            "model": self.fingerprint,
+            "calibration": self.corpora["calibration"].describe(),
+            "quantizer": self.settings.quantizer,
+            "dtype": self.settings.dtype,
+            "seed": self.settings.seed,
+        }
+
+
+def embedding_rows(model: Any) -> int:
+    """Token ids below this have an embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def pick_device(name: str) -> str:
+    """`auto` -> the GPU if there is one.
+
+    Raises:
+        UsageError: it is no device.
+        BadInput: a GPU is asked for that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", name)
+    if match is None:
+        raise UsageError(f"unknown device '{name}': give auto, cpu, cuda or cuda:N")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise BadInput(
+            f"device '{name}' is not available: {torch.cuda.device_count()} CUDA GPUs are "
+            "visible; use --device cpu"
+        )
+    return name
+
+
+@contextmanager
+def open_session(
+    model: str, out: Path | None, device: str, given: Mapping[str, Any]
+) -> Iterator[Session]:
+    """The session of a model, or of a run directory given in its place.
+
+    Args:
+        model: model reference, or the path of an existing run.
+        out: run directory; `runs/NAME` by default.
+        device: `auto`, `cpu`, `cuda` …
+        given: settings that the user gave; None where they did not.
+
+    Raises:
+        SettingsMismatch: an existing run was made with other settings.
+    """
+    resumed = (Path(model) / "space.json").is_file()
+    if resumed and out is not None and out.resolve() != Path(model).resolve():
+        raise UsageError(f"{model} is a run itself; leave --out away, or give the model's name")
+    path = Path(model) if resumed else out or Path("runs") / Path(model).name.replace("@", "-")
+    given = {name: value for name, value in given.items() if value is not None}
+    if "windows" in given:
+        given["windows"] = parse_windows(given["windows"])
+    if "candidates" in given:
+        given["candidates"] = tuple(f.name for f in parse_formats(given["candidates"]))
+    if "texts" in given:
+        given["texts"] = tuple(given["texts"])
+    if resumed:
+        with Run(path) as run:
+            yield Session(run, replace(stored_settings(run.path), **given), pick_device(device))
+        return
+    settings = replace(default_settings(model, given), **given)
+    with Run(path) as run:
+        yield Session(run, settings, pick_device(device))

@@ -1,0 +1,37 @@
+"""Solvers: from tables and budgets to one candidate per unit.
+
+Every solver sees only arrays (`problem.py`). Other packages add theirs under
+the entry-point group `bitsearch.solvers`; `bitsearch.testing.SolverContract`
+is the suite that each of them must pass.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from bitsearch.registry import load
+from bitsearch.solvers.problem import Problem, Solution, Solver
+
+GROUP = "bitsearch.solvers"
+
+SOLVERS: dict[str, str] = {
+    "pareto_dp": "bitsearch.solvers.pareto_dp:solve",
+    "milp": "bitsearch.solvers.milp:solve",
+    "lagrangian": "bitsearch.solvers.lagrangian:solve",
+    "greedy": "bitsearch.solvers.greedy:solve",
+    "large": "bitsearch.solvers.large:solve",
+    "min_max": "bitsearch.solvers.min_max:solve",
+    "cvxpy": "bitsearch.solvers.cvxpy_milp:solve",
+}
+
+
+def load_solver(name: str) -> Solver:
+    """The solver registered under `name`.
+
+    Raises:
+        UsageError: nobody registered that name; the message lists those known.
+    """
+    return cast(Solver, load(GROUP, SOLVERS, name))
+
+
+__all__ = ["GROUP", "SOLVERS", "Problem", "Solution", "Solver", "load_solver"]

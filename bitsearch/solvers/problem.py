@@ -1,0 +1,133 @@
+"""The contract of every solver: arrays in, one choice per unit out.
+
+    minimise    Σ_u damage[u, choice[u]]
+    subject to  Σ_u costs[r, u, choice[u]] ≤ budgets[r]      for each resource r
+                choice[u] = choice[v]                        for u, v in one tie
+
+A candidate that a unit may not take has damage +inf. A candidate index means
+the same format for every unit, so that ties make sense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsearch.errors import BadInput, InfeasibleBudget, UsageError
+
+Damage = NDArray[np.float64] | NDArray[np.float32]
+Costs = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.float64]
+Choice = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A multiple-choice knapsack.
+
+    Attributes:
+        damage: (units, candidates), +inf where a candidate is not allowed.
+        costs: (resources, units, candidates); integers where they count bytes.
+        budgets: (resources,) upper limits, never exceeded; +inf is no limit.
+        ties: disjoint sets of unit indices that must take the same candidate.
+
+    Raises:
+        UsageError: the arrays do not fit each other, or a tie is malformed.
+        BadInput: a damage is NaN or -inf, or a cost is negative or not finite.
+    """
+
+    damage: Damage
+    costs: Costs
+    budgets: NDArray[np.float64] | NDArray[np.int64]
+    ties: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.damage.ndim != 2 or self.damage.size == 0:
+            raise UsageError(
+                f"damage has shape {self.damage.shape}; give (units, candidates), one at least"
+            )
+        wanted = (len(self.budgets), *self.damage.shape)
+        if self.costs.shape != wanted:
+            raise UsageError(
+                f"costs have shape {self.costs.shape}, not {wanted}: "
+                "(resources, units, candidates) with one budget per resource"
+            )
+        # min and max propagate NaN and need no temporary array
+        if not self.damage.min() > -np.inf:
+            unit, candidate = np.argwhere(~(self.damage > -np.inf))[0]
+            raise BadInput(
+                f"damage of unit {unit}, candidate {candidate} is {self.damage[unit, candidate]}; "
+                "measure it again, or write inf to forbid the candidate"
+            )
+        if self.costs.size and not (self.costs.min() >= 0 and self.costs.max() < np.inf):
+            bad = ~((self.costs >= 0) & (self.costs < np.inf))
+            resource, unit, candidate = np.argwhere(bad)[0]
+            raise BadInput(
+                f"cost of unit {unit}, candidate {candidate} in resource {resource} is "
+                f"{self.costs[resource, unit, candidate]}; costs are finite and not negative "
+                "(forbid a candidate by damage inf)"
+            )
+        if np.isnan(self.budgets).any():
+            raise UsageError("a budget is NaN; give a number")
+        tied = list(chain.from_iterable(self.ties))
+        if len(set(tied)) != len(tied) or any(not 0 <= u < len(self.damage) for u in tied):
+            raise UsageError(f"ties must be disjoint sets of unit indices below {len(self.damage)}")
+
+    def total_damage(self, choice: Choice) -> float:
+        """Σ damage of a choice of shape (units,)."""
+        return float(self.damage[np.arange(len(choice)), choice].sum(dtype=np.float64))
+
+    def total_costs(self, choice: Choice) -> NDArray[np.int64] | NDArray[np.float64]:
+        """Costs of a choice, shape (resources,); exact where costs are integers."""
+        dtype = np.int64 if np.issubdtype(self.costs.dtype, np.integer) else np.float64
+        totals: NDArray[np.int64] | NDArray[np.float64]
+        totals = self.costs[:, np.arange(len(choice)), choice].sum(axis=1, dtype=dtype)
+        return totals
+
+    def feasible(self, choice: Choice) -> bool:
+        """Whether a choice keeps every budget and tie and takes only allowed candidates."""
+        allowed = np.isfinite(self.damage[np.arange(len(choice)), choice]).all()
+        within = (self.total_costs(choice) <= self.budgets).all()
+        tied = all(len({int(choice[unit]) for unit in tie}) <= 1 for tie in self.ties)
+        return bool(allowed and within and tied)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A choice, and what is known about how good it can be.
+
+    Attributes:
+        choice: (units,) candidate index of each unit.
+        damage: Σ damage of the choice.
+        bound: certified lower bound on the damage of every feasible choice,
+            None if the solver certifies nothing.
+    """
+
+    choice: Choice
+    damage: float
+    bound: float | None
+
+    @property
+    def gap(self) -> float | None:
+        """Relative gap (damage − bound) / |damage|; None without a bound, 0 if exact."""
+        if self.bound is None:
+            return None
+        excess = max(0.0, self.damage - self.bound)
+        return 0.0 if excess == 0.0 else excess / max(abs(self.damage), 1e-300)
+
+
+class Solver(Protocol):
+    """Solves a problem; deterministic for a given seed.
+
+    Raises:
+        InfeasibleBudget: no choice fits.
+        UsageError: the solver cannot handle such a problem.
+    """
+
+    def __call__(self, problem: Problem, *, seed: int = 0) -> Solution: ...
+
+
+__all__ = ["Choice", "Costs", "Damage", "InfeasibleBudget", "Problem", "Solution", "Solver"]

@@ -1,0 +1,115 @@
+"""The model's weights under any assignment of candidates, and back again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bitsearch.errors import BadInput
+from bitsearch.formats import Format
+from bitsearch.models.weights import read_weight, write_weight
+from bitsearch.quantizers.quantized import Quantized
+from bitsearch.units import Matrix, Unit
+
+Quantizer = Callable[..., Quantized]
+
+
+class CandidateWeights:
+    """Quantizes matrices of a model on demand and puts them in place.
+
+    Codes are kept, least recently used first out, up to `cache_bytes`, so that
+    a candidate is quantized once and not for each policy that contains it.
+
+    Args:
+        model: the model; outside of `applied` it holds its reference weights.
+        quantizer: (weight, format, importance) -> Quantized.
+        importance: mean square of each input column, (in,), by matrix name.
+        cache_bytes: most bytes of codes to keep.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantizer: Quantizer,
+        importance: Mapping[str, Tensor],
+        cache_bytes: int,
+    ) -> None:
+        self.model = model
+        self._quantizer = quantizer
+        self._importance = importance
+        self._cache: OrderedDict[tuple[str, Format], Quantized] = OrderedDict()
+        self._room = cache_bytes
+
+    def reference(self, matrix: Matrix) -> Tensor:
+        """(count·out, in) float32 copy of the weights in place now."""
+        return read_weight(self.model, matrix)
+
+    def candidate(self, matrix: Matrix, format: Format) -> Tensor:
+        """(count·out, in) float32 values of a matrix in a format.
+
+        The model must hold its reference weights, or `applied` must have
+        quantized the matrix before.
+        """
+        if format.kind != "int":
+            dtype = torch.bfloat16 if format.kind == "bf16" else torch.float16
+            return self.reference(matrix).to(dtype).float()
+        return self.quantized(matrix, format).dequantize()
+
+    def quantized(self, matrix: Matrix, format: Format) -> Quantized:
+        """Codes and scales of a matrix in an integer format."""
+        key = (matrix.name, format)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        weight = self.reference(matrix)
+        if not torch.isfinite(weight).all():
+            raise BadInput(f"{matrix.name} holds NaN or infinite weights; repair the checkpoint")
+        found = self._quantizer(weight, format, self._importance.get(matrix.name))
+        self._cache[key] = found
+        self._room -= _bytes(found)
+        while self._room < 0 and len(self._cache) > 1:
+            self._room += _bytes(self._cache.popitem(last=False)[1])
+        return found
+
+    @contextmanager
+    def applied(self, choice: Sequence[tuple[Unit, Format]]) -> Iterator[None]:
+        """Hold the given units in the given formats, then restore the reference."""
+        originals: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for unit, format in choice:
+                for matrix in unit.matrices:
+                    value = self.candidate(matrix, format)
+                    originals.append(_saved(self.model, matrix))
+                    write_weight(self.model, matrix, value)
+            yield
+        finally:
+            _restore(originals)
+
+    @contextmanager
+    def preserved(self, unit: Unit) -> Iterator[None]:
+        """Let the body overwrite a unit's weights, then restore them."""
+        originals = [_saved(self.model, matrix) for matrix in unit.matrices]
+        try:
+            yield
+        finally:
+            _restore(originals)
+
+
+def _saved(model: nn.Module, matrix: Matrix) -> tuple[nn.Parameter, Tensor]:
+    parameter = model.get_parameter(matrix.name)
+    return parameter, parameter.detach().clone()
+
+
+@torch.no_grad()
+def _restore(originals: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    # Backwards, so that a parameter written twice gets its first value back.
+    for parameter, original in reversed(originals):
+        parameter.copy_(original)
+
+
+def _bytes(quantized: Quantized) -> int:
+    return quantized.codes.nbytes + quantized.scales.nbytes + quantized.zeros.nbytes
