@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 TORCH ?= torch==2.13.0
 DEMO_FLAGS ?= --budget 4.5bpw --candidates int3-g64,int4-g64,int5-g64,int6-g64,int8-g64,bf16 \
-	--length 256 --windows 4,6,12 --diagnostics 4 --out runs/demo
+	--length 256 --windows 4,4,10 --diagnostics 4 --out runs/demo
 
 suitable := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
