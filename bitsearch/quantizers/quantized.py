@@ -35,11 +35,16 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """(out, in) float32: scale · (code − zero)."""
-        columns = self.codes.shape[1]
+        rows, columns = self.codes.shape
         size = self.format.group_size or columns
-        scales = self.scales.float().repeat_interleave(size, dim=1)[:, :columns]
-        zeros = self.zeros.float().repeat_interleave(size, dim=1)[:, :columns]
-        return (self.codes.float() - zeros) * scales
+        values = self.codes.float()
+        full = columns - columns % size
+        scales, zeros = self.scales.float()[..., None], self.zeros.float()[..., None]
+        groups = values[:, :full].unflatten(1, (full // size, size))
+        groups.sub_(zeros[:, : full // size]).mul_(scales[:, : full // size])
+        if full < columns:
+            values[:, full:].sub_(zeros[:, -1]).mul_(scales[:, -1])
+        return values
 
     def pack(self) -> dict[str, Tensor]:
         """The tensors as they are stored; their bytes sum to `Format.bytes`."""

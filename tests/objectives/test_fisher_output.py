@@ -117,9 +117,11 @@ def test_expectation_is_the_exact_fisher_information(minute: Any) -> None:
         assert found[unit] == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize("length", [12, 150])
-def test_head_is_half_the_variance_of_the_logits(length: int, case_of: Any) -> None:
-    """In closed form, also over more tokens than are worked on at a time."""
+@pytest.mark.parametrize(("length", "tolerance"), [(12, 1e-4), (150, 0.1)])
+def test_head_is_half_the_variance_of_the_logits(
+    length: int, tolerance: float, case_of: Any
+) -> None:
+    """In closed form; an estimate from some of them if there are more tokens than it replays."""
     case = case_of(dtype=torch.float64, length=length)
     scoring = case.scoring("int3-g16,int8-g16")
     head = len(case.units) - 1
@@ -129,7 +131,7 @@ def test_head_is_half_the_variance_of_the_logits(length: int, case_of: Any) -> N
     for candidate, value in enumerate(values):
         change = scoring.error(matrix, candidate).double()
         assert value == pytest.approx(
-            variance_term(case, last_hidden(case), weight, change), rel=1e-4
+            variance_term(case, last_hidden(case), weight, change), rel=tolerance
         )
     measured = [value for _, _, value in kl(scoring, [(head, 0), (head, 1)])]
     assert values[0] == pytest.approx(measured[0], rel=0.25)
