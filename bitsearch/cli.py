@@ -44,6 +44,16 @@ Fuse = Annotated[
     bool | None,
     typer.Option("--fuse/--no-fuse", help="One format for q/k/v and for gate/up.  [default: fuse]"),
 ]
+AtLeast = Annotated[
+    list[str] | None, typer.Option(help="PATTERN=BITS: fewest bits of matching units; repeatable.")
+]
+Tie = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="PATTERN: one format for all matching units; {block} in it: in each block; repeatable."
+    ),
+]
+Distinct = Annotated[int | None, typer.Option(min=1, help="Most different formats in the policy.")]
 Text = Annotated[
     list[str] | None,
     typer.Option(help="Text cut into calibration, selection and evaluation parts; repeatable."),
@@ -147,6 +157,9 @@ def search(
     solver: Annotated[str, typer.Option(help="See `bitsearch list solvers`.")] = "pareto_dp",
     candidates: Candidates = None,
     freeze: Freeze = None,
+    at_least: AtLeast = None,
+    tie: Tie = None,
+    distinct: Distinct = None,
     fuse: Fuse = None,
     text: Text = None,
     calibration_text: CalibrationText = None,
@@ -174,10 +187,13 @@ def search(
         Stages() as stages,
     ):  # fmt: skip
         from bitsearch.printing import print_result
+        from bitsearch.rules import Rules
         from bitsearch.search import Request
         from bitsearch.search import search as run_search
 
-        found = run_search(session, Request(tuple(budget), damage, solver, diagnostics), stages)
+        rules = Rules(_least_bits(at_least), tuple(tie or ()), distinct)
+        request = Request(tuple(budget), damage, solver, diagnostics, rules)
+        found = run_search(session, request, stages)
         stages.__exit__()
         _emit(found, json_, lambda: print_result(found))
 
@@ -274,6 +290,13 @@ def _frozen(freeze: list[str] | None) -> dict[str, str] | None:
     if any(not pattern for pattern, _, _ in pairs):
         raise UsageError("--freeze takes PATTERN=FORMAT, such as 'model.embed_tokens=int8-g64'")
     return {pattern: name for pattern, _, name in pairs}
+
+
+def _least_bits(at_least: list[str] | None) -> dict[str, int]:
+    pairs = [entry.rpartition("=") for entry in at_least or ()]
+    if any(not pattern or not bits.isdigit() for pattern, _, bits in pairs):
+        raise UsageError("--at-least takes PATTERN=BITS, such as 'model.layers.0.*=4'")
+    return {pattern: int(bits) for pattern, _, bits in pairs}
 
 
 def _own(*texts: str | None) -> dict[str, str] | None:

@@ -71,8 +71,10 @@ def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
     `uniform-F` holds every unit in the widest format F of its family (kind,
     group size, symmetry) that fits. `filled-…` spends the rest of the budget on
     the next width, spread evenly over depth; `embed8-…` does the same with the
-    embedding and the head at 8 bits, as GGUF files usually have them.
+    embedding and the head at 8 bits, as GGUF files usually have them. A limit on
+    distinct formats is not theirs to keep: drop those that exceed it.
     """
+    problem = additive(problem)
     found: list[Contender] = []
     for family, columns in _families(space).items():
         embedding = [i for i, unit in enumerate(space.units) if unit.kind in ("embedding", "head")]
@@ -114,6 +116,7 @@ def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
 
 def random_policies(problem: Problem, count: int, seed: int) -> list[Contender]:
     """Random feasible mixes at the budget, for rank correlation."""
+    problem = additive(problem)
     return [
         Contender(
             f"random-{index}",
@@ -122,6 +125,11 @@ def random_policies(problem: Problem, count: int, seed: int) -> list[Contender]:
         )
         for index in range(count)
     ]
+
+
+def additive(problem: Problem) -> Problem:
+    """The part of a problem that every solver takes: no pair terms, any number of formats."""
+    return replace(problem, distinct=None, pairs=None)
 
 
 def _families(space: Space) -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from bitsearch.judge import Judge
 from bitsearch.objectives.estimators import load_estimator
 from bitsearch.policy import save_policy
 from bitsearch.record import make_policy, save_front
+from bitsearch.rules import NO_RULES, Rules
 from bitsearch.run import atomic_write
 from bitsearch.session import Session
 from bitsearch.solvers import load_solver
@@ -42,12 +43,14 @@ class Request:
         estimator: name of the damage estimator.
         solver: name of the solver.
         diagnostics: random policies, and single units, measured for diagnostics.
+        rules: what else the policy must keep.
     """
 
     budgets: tuple[str, ...]
     estimator: str
     solver: str
     diagnostics: int
+    rules: Rules = NO_RULES
 
 
 def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.float64]:
@@ -94,7 +97,8 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
         UsageError: an unknown name, or budgets that cannot be read.
     """
     started = time.monotonic()
-    space = session.space
+    space = request.rules.narrowed(session.space)
+    ties = request.rules.ties(space)
     budgets = [parse_budget(text, space) for text in request.budgets]
     if not budgets:
         raise UsageError("no budget given; write --budget 4.5bpw, for example")
@@ -104,24 +108,28 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     # Solved without damage first: budgets that cannot hold together, or that the
     # solver cannot take, are refused before anything is measured.
     nothing = np.where(space.allowed, 0.0, np.inf)
-    solver(Problem(nothing, costs, limits), seed=session.settings.seed)
+    unscored = Problem(nothing, costs, limits, ties, request.rules.distinct)
+    solver(unscored, seed=session.settings.seed)
     load_estimator(request.estimator)
     session.save()
     session.run.log("search", budgets=list(request.budgets), estimator=request.estimator)
     damage = measure(session, request.estimator, progress)
+    damage = np.where(space.allowed, damage, np.inf)
     measured_seconds = time.monotonic() - started
 
-    problem = Problem(damage, costs, limits)
+    problem = replace(unscored, damage=damage)
     clock = time.monotonic()
     solution = solver(problem, seed=session.settings.seed)
     solver_seconds = time.monotonic() - clock
-    curve = front(damage, costs[0]) if len(budgets) == 1 else None
+    alone = len(budgets) == 1 and problem.distinct is None
+    curve = front(damage, costs[0], ties=ties) if alone else None
     if curve is not None:
         save_front(session.run, space, budgets[0], curve)
 
     contenders = searched(problem, solution.choice, curve, space, solver, session.settings.seed)
     if len(budgets) == 1:
         contenders += byte_matched(problem, space, session.settings.seed)
+    contenders = [contender for contender in contenders if problem.feasible(contender.choice)]
     judge = Judge(session, "selection")
     selected = _measured(judge, contenders, "selection text", progress)
     shipped = min(zip(contenders, selected, strict=True), key=lambda pair: pair[1].mean_kl)[0]
@@ -141,7 +149,7 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
             "selection": summary(selection_quality, judge.reference_nll, judge.corpus),
             "evaluation": summary(judged[0], final.reference_nll, final.corpus),
         },
-        {"solver": request.solver, "gap": solution.gap},
+        {"solver": request.solver, "gap": solution.gap, "rules": request.rules.describe()},
     )
     path = session.run.path / "policy.json"
     atomic_write(path, save_policy(policy).encode())

@@ -18,9 +18,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from bitsearch.errors import InfeasibleBudget
+from bitsearch.errors import InfeasibleBudget, UsageError
 from bitsearch.formats import parse_formats
-from bitsearch.solvers.problem import Choice, Problem, Solution, Solver
+from bitsearch.solvers.problem import Choice, Pairs, Problem, Solution, Solver
 
 _TOLERANCE = 1e-9
 
@@ -55,6 +55,23 @@ def random_problem(
     position = rng.random() if tightness is None else tightness
     budgets = needed + (position * (costs.max(axis=2).sum(axis=1) - needed)).astype(np.int64)
     return Problem(damage, costs, budgets)
+
+
+def random_pairs(rng: np.random.Generator, problem: Problem, *, strength: float) -> Pairs:
+    """Pair terms of a quadratic form whose diagonal is about the problem's damage.
+
+    Args:
+        rng: source of randomness.
+        problem: of which damages.
+        strength: from 0, none, to 1, where the form is only just convex.
+    """
+    damage = np.where(problem.damage < np.inf, np.abs(problem.damage), 0.0)
+    units, candidates = damage.shape
+    errors = rng.normal(size=(units, 1, 6)) + 0.3 * rng.normal(size=(units, candidates, 6))
+    errors /= np.linalg.norm(errors, axis=2, keepdims=True)
+    errors *= np.sqrt(damage)[:, :, None]
+    pairs: Pairs = 2 * strength * np.einsum("ucs,vds->ucvd", errors, errors)
+    return pairs
 
 
 def model_like_problem(
@@ -124,7 +141,7 @@ class SolverContract:
         solution = type(self).solver(problem, seed=seed)
         choice = solution.choice
         assert choice.shape == (len(problem.damage),)
-        assert problem.feasible(choice), "a budget, a tie or a forbidden candidate is violated"
+        assert problem.feasible(choice), "a budget, a rule or a forbidden candidate is violated"
         assert _close(solution.damage, problem.total_damage(choice))
         if solution.bound is not None:
             assert solution.bound <= solution.damage
@@ -213,6 +230,35 @@ class SolverContract:
         damage[0, :2], damage[3, 3] = np.inf, np.inf
         only = replace(problem, damage=damage, budgets=problem.costs.max(axis=2).sum(axis=1))
         assert self._solve(replace(only, ties=((0, 3),))).choice[[0, 3]].tolist() == [2, 2]
+
+    def test_limit_on_distinct_candidates_is_kept_or_refused(self) -> None:
+        """Never ignored: fewer formats, or a UsageError that names a solver."""
+        problem = random_problem(np.random.default_rng(4), 6, 4, tightness=0.9)
+        uniform = problem.costs.sum(axis=1).min(axis=1)
+        budget = np.maximum(problem.budgets, uniform)
+        for distinct in (1, 2):
+            self._honoured(replace(problem, budgets=budget, distinct=distinct))
+
+    def test_pair_terms_are_counted_or_refused(self) -> None:
+        """Never ignored: the damage holds them, or a UsageError names a solver."""
+        rng = np.random.default_rng(5)
+        problem = random_problem(rng, 5, 3, forbidden=0.1)
+        pairs = random_pairs(rng, problem, strength=0.8)
+        self._honoured(replace(problem, pairs=pairs))
+        self._honoured(replace(problem, pairs=pairs, ties=((1, 3),), budgets=2 * problem.budgets))
+
+    def _honoured(self, problem: Problem) -> None:
+        try:
+            solution = self._solve(problem)
+        except UsageError as error:
+            assert "solver '" in str(error)
+            return
+        best = exhaustive(problem)
+        assert best is not None and solution.damage >= best - _TOLERANCE
+        if solution.bound is not None:
+            assert solution.bound <= best + _TOLERANCE * max(1.0, abs(best))
+        if self.exact:
+            assert _close(solution.damage, best)
 
     def test_forbidden_candidates_are_not_taken(self) -> None:
         """A damage of +inf is never chosen, however cheap."""
@@ -306,4 +352,11 @@ def _close(one: float, other: float) -> bool:
     return abs(one - other) <= _TOLERANCE * max(abs(one), abs(other), 1e-30)
 
 
-__all__ = ["Choice", "SolverContract", "exhaustive", "model_like_problem", "random_problem"]
+__all__ = [
+    "Choice",
+    "SolverContract",
+    "exhaustive",
+    "model_like_problem",
+    "random_pairs",
+    "random_problem",
+]

@@ -40,11 +40,29 @@ def require_feasible(problem: Problem) -> None:
             )
 
 
+_BEYOND = {
+    "distinct": "limit the number of distinct candidates; use solver 'milp'",
+    "pairs": "take pair terms; use solver 'quadratic'",
+}
+
+
+def refuse(problem: Problem, solver: str, *parts: str) -> None:
+    """Refuse parts of a problem (`distinct`, `pairs`) that a solver cannot honour.
+
+    Raises:
+        UsageError: the problem has one of them.
+    """
+    for part in parts:
+        if getattr(problem, part) is not None:
+            raise UsageError(f"solver '{solver}' cannot {_BEYOND[part]}")
+
+
 def byte_budget(problem: Problem, solver: str) -> tuple[NDArray[np.int64], int]:
     """Costs (units, candidates) and budget of the only resource, as integers.
 
     Raises:
-        UsageError: there are several resources, or costs are not integers.
+        UsageError: there are several resources, costs are not integers, or the
+            problem has pair terms or a limit on distinct candidates.
     """
     costs, budget = whole_costs(problem, solver)
     return costs.astype(np.int64, copy=False), budget
@@ -54,8 +72,9 @@ def whole_costs(problem: Problem, solver: str) -> tuple[NDArray[np.int64] | NDAr
     """As `byte_budget`, but integers keep their width: no copy of large arrays.
 
     Raises:
-        UsageError: there are several resources, or costs are not integers.
+        UsageError: as there.
     """
+    refuse(problem, solver, "distinct", "pairs")
     if len(problem.budgets) != 1:
         raise UsageError(
             f"solver '{solver}' takes one budget, not {len(problem.budgets)}; use solver 'milp'"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bitsearch.errors import InfeasibleBudget, OutOfResources, UsageError
-from bitsearch.solvers.budget import require_feasible
+from bitsearch.solvers.budget import refuse, require_feasible
 from bitsearch.solvers.problem import Problem, Solution
 from bitsearch.solvers.stdout import stdout_to_stderr
 from bitsearch.solvers.ties import merge_ties
@@ -34,7 +34,7 @@ def solve(problem: Problem, *, seed: int = 0, rules: Rules | None = None) -> Sol
 
     Raises:
         InfeasibleBudget: no choice keeps all budgets and rules.
-        UsageError: CVXPY is not installed.
+        UsageError: CVXPY is not installed, or the problem has pair terms.
         OutOfResources: the solver gave up, or its answer is over a budget.
     """
     try:
@@ -43,6 +43,7 @@ def solve(problem: Problem, *, seed: int = 0, rules: Rules | None = None) -> Sol
         raise UsageError(
             "solver 'cvxpy' needs CVXPY: pip install 'bitsearch[cvxpy]', or use solver 'milp'"
         ) from None
+    refuse(problem, "cvxpy", "pairs")
     require_feasible(merge_ties(problem)[0])
     allowed = problem.damage < np.inf
     damage = np.where(allowed, problem.damage, 0.0)
@@ -56,6 +57,10 @@ def solve(problem: Problem, *, seed: int = 0, rules: Rules | None = None) -> Sol
             constraints.append(cp.sum(cp.multiply(costs / scale, z)) <= budget / scale)
     for first, *others in problem.ties:
         constraints += [z[first] == z[other] for other in others]
+    if problem.distinct is not None:
+        used = cp.Variable(problem.damage.shape[1], boolean=True)
+        constraints += [z[unit] <= used for unit in range(len(problem.damage))]
+        constraints.append(cp.sum(used) <= problem.distinct)
     constraints += rules(z) if rules else []
     program = cp.Problem(cp.Minimize(cp.sum(cp.multiply(damage / damage_scale, z))), constraints)
     with stdout_to_stderr():

@@ -19,7 +19,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from bitsearch.solvers import milp
-from bitsearch.solvers.budget import byte_budget, cost_range, require_feasible
+from bitsearch.solvers.budget import byte_budget, cost_range, refuse, require_feasible
 from bitsearch.solvers.greedy import upgrade
 from bitsearch.solvers.hull import dual_bound, lower_hulls
 from bitsearch.solvers.problem import Choice, Problem, Solution
@@ -32,8 +32,10 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
 
     Raises:
         InfeasibleBudget: no choice fits.
-        UsageError: there is one resource and its costs are not integers.
+        UsageError: there is one resource and its costs are not integers, or the
+            problem has pair terms or a limit on distinct candidates.
     """
+    refuse(problem, "lagrangian", "distinct", "pairs")
     merged, member = merge_ties(problem)
     if len(merged.budgets) == 1:
         costs, budget = byte_budget(merged, "lagrangian")

@@ -19,8 +19,8 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult
 from scipy.optimize import milp as highs
 from scipy.sparse import coo_array, csr_array, hstack, vstack
 
-from bitsearch.errors import InfeasibleBudget, OutOfResources, UsageError
-from bitsearch.solvers.budget import cost_range, plain, require_feasible
+from bitsearch.errors import InfeasibleBudget, OutOfResources
+from bitsearch.solvers.budget import cost_range, plain, refuse, require_feasible
 from bitsearch.solvers.problem import Choice, Problem, Solution
 from bitsearch.solvers.stdout import stdout_to_stderr
 from bitsearch.solvers.ties import merge_ties
@@ -37,34 +37,32 @@ def solve(
     seed: int = 0,
     relative_gap: float = 1e-9,
     time_limit: float = 60.0,
-    distinct: int | None = None,
 ) -> Solution:
     """Solve to the asked gap, with the bound that HiGHS proved.
 
     Args:
         problem: what to solve; a rule such as "at least 4 bits here" is damage
-            +inf outside, "equal within a block" is a tie.
+            +inf outside, "equal within a block" is a tie, "at most three formats"
+            is `distinct`.
         seed: unused, HiGHS is deterministic (unless the time limit ends it).
         relative_gap: stop once (damage − bound) / (damage − Σ least damage) is below.
         time_limit: seconds, after which the best choice found is returned; what
             that is then depends on the machine.
-        distinct: at most so many different candidates in the whole policy.
 
     Raises:
         InfeasibleBudget: no choice keeps all budgets and rules.
-        UsageError: `distinct` is below 1.
+        UsageError: the problem has pair terms.
         OutOfResources: nothing feasible was found within the time limit.
     """
-    if distinct is not None and distinct < 1:
-        raise UsageError(f"at most {distinct} distinct candidates is no policy; give 1 or more")
+    refuse(problem, "milp", "pairs")
     merged, member = merge_ties(problem)
     require_feasible(merged)
-    program = _formulate(merged, distinct)
+    program = _formulate(merged)
     deadline = time.monotonic() + time_limit
     while True:
         result = program.run(relative_gap, max(0.0, deadline - time.monotonic()))
         if result.x is None:
-            _explain(result, merged, time_limit, distinct)
+            _explain(result, merged, time_limit)
         choice = program.choice_of(result.x)
         if merged.feasible(choice):
             total = problem.total_damage(choice[member])
@@ -114,7 +112,7 @@ class _Program:
         self.rules.append(LinearConstraint(csr_array(row[None]), ub=len(choice) - 1))
 
 
-def _formulate(problem: Problem, distinct: int | None) -> _Program:
+def _formulate(problem: Problem) -> _Program:
     units, candidates = np.nonzero(problem.damage < np.inf)
     variables = len(units)
     # only differences within a unit matter: small numbers, no cancellation
@@ -130,11 +128,11 @@ def _formulate(problem: Problem, distinct: int | None) -> _Program:
     rows = csr_array(costs / cost_scale[:, None]) if len(costs) else csr_array((0, variables))
     one_each = coo_array((np.ones(variables), (units, np.arange(variables)))).tocsr()
     rules = [LinearConstraint(one_each, 1, 1)]
-    if distinct is not None:
+    if problem.distinct is not None:
         kinds = problem.damage.shape[1]
         damage = np.concatenate([damage, np.zeros(kinds)])
         rows = hstack([rows, csr_array((rows.shape[0], kinds))]).tocsr()
-        rules = _at_most(distinct, kinds, units, candidates)
+        rules = _at_most(problem.distinct, kinds, units, candidates)
     return _Program(
         units,
         candidates,
@@ -171,16 +169,15 @@ def _at_most(
     ]
 
 
-def _explain(
-    result: OptimizeResult, problem: Problem, time_limit: float, distinct: int | None
-) -> NoReturn:
+def _explain(result: OptimizeResult, problem: Problem, time_limit: float) -> NoReturn:
     """Raise the error that a run without a choice means."""
     if result.status != _INFEASIBLE:
         raise OutOfResources(
             f"HiGHS found no feasible choice within {time_limit:g} s ({result.message}); "
             "raise the time limit or a budget"
         )
-    rule = f" with at most {distinct} distinct candidates" if distinct is not None else ""
+    few = problem.distinct
+    rule = f" with at most {few} distinct candidates" if few is not None else ""
     ranges = "; ".join(
         f"budget {plain(budget)}, achievable alone {plain(low.sum())} to {plain(high.sum())}"
         for budget, low, high in zip(problem.budgets, *cost_range(problem), strict=True)

@@ -1,11 +1,13 @@
 """The contract of every solver: arrays in, one choice per unit out.
 
-    minimise    Σ_u damage[u, choice[u]]
+    minimise    Σ_u damage[u, choice[u]]  (+ Σ_u<v pairs[u, choice[u], v, choice[v]])
     subject to  Σ_u costs[r, u, choice[u]] ≤ budgets[r]      for each resource r
                 choice[u] = choice[v]                        for u, v in one tie
+                |{choice[u]}| ≤ distinct                     if that is given
 
 A candidate that a unit may not take has damage +inf. A candidate index means
-the same format for every unit, so that ties make sense.
+the same format for every unit, so that ties and `distinct` make sense. A solver
+that cannot honour `distinct` or `pairs` refuses them with a UsageError.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from bitsearch.errors import BadInput, InfeasibleBudget, UsageError
 Damage = NDArray[np.float64] | NDArray[np.float32]
 Costs = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.float64]
 Choice = NDArray[np.int64]
+Pairs = NDArray[np.float64] | NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +36,24 @@ class Problem:
         costs: (resources, units, candidates); integers where they count bytes.
         budgets: (resources,) upper limits, never exceeded; +inf is no limit.
         ties: disjoint sets of unit indices that must take the same candidate.
+        distinct: most different candidates in the whole policy; None is no limit.
+        pairs: (units, candidates, units, candidates), symmetric: damage that two
+            units' candidates add together, beyond what each does alone. The
+            blocks of a unit with itself do not count. None is additive.
 
     Raises:
-        UsageError: the arrays do not fit each other, or a tie is malformed.
-        BadInput: a damage is NaN or -inf, or a cost is negative or not finite.
+        UsageError: the arrays do not fit each other, a tie is malformed, or
+            `distinct` is below 1.
+        BadInput: a damage is NaN or -inf, a cost is negative or not finite, or a
+            pair term is not finite.
     """
 
     damage: Damage
     costs: Costs
     budgets: NDArray[np.float64] | NDArray[np.int64]
     ties: tuple[tuple[int, ...], ...] = ()
+    distinct: int | None = None
+    pairs: Pairs | None = None
 
     def __post_init__(self) -> None:
         if self.damage.ndim != 2 or self.damage.size == 0:
@@ -75,10 +86,30 @@ class Problem:
         tied = list(chain.from_iterable(self.ties))
         if len(set(tied)) != len(tied) or any(not 0 <= u < len(self.damage) for u in tied):
             raise UsageError(f"ties must be disjoint sets of unit indices below {len(self.damage)}")
+        if self.distinct is not None and self.distinct < 1:
+            raise UsageError(
+                f"at most {self.distinct} distinct candidates is no policy; give 1 or more"
+            )
+        if self.pairs is not None:
+            if self.pairs.shape != self.damage.shape * 2:
+                raise UsageError(
+                    f"pairs have shape {self.pairs.shape}, not {self.damage.shape * 2}: "
+                    "(units, candidates, units, candidates)"
+                )
+            if not np.isfinite(self.pairs).all():
+                raise BadInput("a pair term is not finite; forbid candidates by damage inf")
+            cells = self.pairs.reshape(self.damage.size, self.damage.size)
+            if not np.allclose(cells, cells.T, rtol=1e-6, atol=1e-6 * np.abs(cells).max()):
+                raise UsageError("pairs must be symmetric: pairs[u, c, v, d] = pairs[v, d, u, c]")
 
     def total_damage(self, choice: Choice) -> float:
-        """Σ damage of a choice of shape (units,)."""
-        return float(self.damage[np.arange(len(choice)), choice].sum(dtype=np.float64))
+        """Σ damage of a choice of shape (units,), pair terms included."""
+        rows = np.arange(len(choice))
+        total = float(self.damage[rows, choice].sum(dtype=np.float64))
+        if self.pairs is None:
+            return total
+        taken = self.pairs[rows[:, None], choice[:, None], rows, choice].astype(np.float64)
+        return total + float(np.triu(taken, 1).sum())
 
     def total_costs(self, choice: Choice) -> NDArray[np.int64] | NDArray[np.float64]:
         """Costs of a choice, shape (resources,); exact where costs are integers."""
@@ -88,11 +119,12 @@ class Problem:
         return totals
 
     def feasible(self, choice: Choice) -> bool:
-        """Whether a choice keeps every budget and tie and takes only allowed candidates."""
+        """Whether a choice keeps every budget and rule and takes only allowed candidates."""
         allowed = np.isfinite(self.damage[np.arange(len(choice)), choice]).all()
         within = (self.total_costs(choice) <= self.budgets).all()
         tied = all(len({int(choice[unit]) for unit in tie}) <= 1 for tie in self.ties)
-        return bool(allowed and within and tied)
+        few = self.distinct is None or len(np.unique(choice)) <= self.distinct
+        return bool(allowed and within and tied and few)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +162,13 @@ class Solver(Protocol):
     def __call__(self, problem: Problem, *, seed: int = 0) -> Solution: ...
 
 
-__all__ = ["Choice", "Costs", "Damage", "InfeasibleBudget", "Problem", "Solution", "Solver"]
+__all__ = [
+    "Choice",
+    "Costs",
+    "Damage",
+    "InfeasibleBudget",
+    "Pairs",
+    "Problem",
+    "Solution",
+    "Solver",
+]

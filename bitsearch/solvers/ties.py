@@ -1,4 +1,4 @@
-"""Tied units as one unit: damages and costs of the members add up."""
+"""Tied units as one unit: damages, costs and pair terms of the members add up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsearch.errors import InfeasibleBudget
-from bitsearch.solvers.problem import Problem
+from bitsearch.solvers.problem import Pairs, Problem
 
 
 def merge_ties(problem: Problem) -> tuple[Problem, NDArray[np.int64]]:
@@ -31,10 +31,17 @@ def merge_ties(problem: Problem) -> tuple[Problem, NDArray[np.int64]]:
         order = np.argsort(member, kind="stable")
         starts = np.flatnonzero(np.diff(member[order], prepend=-1))
         dtype = np.float64 if problem.costs.dtype == np.float64 else np.int64
+        damage = np.add.reduceat(problem.damage[order].astype(np.float64), starts, axis=0)
+        pairs = problem.pairs
+        if pairs is not None:
+            pairs, inside = _merged_pairs(pairs, order, starts)
+            damage += inside
         merged = Problem(
-            np.add.reduceat(problem.damage[order].astype(np.float64), starts, axis=0),
+            damage,
             np.add.reduceat(problem.costs[:, order].astype(dtype), starts, axis=1),
             problem.budgets,
+            distinct=problem.distinct,
+            pairs=pairs,
         )
     possible = merged.damage.min(axis=1) < np.inf
     if not possible.all():
@@ -44,3 +51,16 @@ def merge_ties(problem: Problem) -> tuple[Problem, NDArray[np.int64]]:
             f"{', '.join(map(str, stuck))}; allow one"
         )
     return merged, member
+
+
+def _merged_pairs(
+    pairs: Pairs, order: NDArray[np.int64], starts: NDArray[np.int64]
+) -> tuple[Pairs, NDArray[np.float64]]:
+    """Pair terms between merged units, and (units, candidates) what each holds inside."""
+    alone = pairs[order][:, :, order].astype(np.float64)
+    units, candidates = np.arange(len(order)), np.arange(pairs.shape[1])
+    alone[units, :, units] = 0.0  # a unit with itself does not count
+    summed = np.add.reduceat(np.add.reduceat(alone, starts, axis=0), starts, axis=2)
+    merged = np.arange(len(starts))[:, None]
+    inside = summed[merged, candidates, merged, candidates] / 2
+    return summed, inside

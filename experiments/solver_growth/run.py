@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -93,15 +97,24 @@ def measured(solver: str, units: int, limit: float) -> dict[str, object]:
     """Solve in a process of its own; says so if that takes too long."""
     command = [sys.executable, __file__, "--cell", solver, str(units), "--limit", str(limit)]
     row: dict[str, object] = {"solver": solver, "units": units}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * limit)
-    except subprocess.TimeoutExpired:
-        return {**row, "failed": f"over {2 * limit:g} s"}
-    if done.returncode:
-        out_of_memory = "MemoryError" in done.stderr or "alloc" in done.stderr
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    # in a session of its own, so that CBC's own process ends with it
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, complaint = process.communicate(timeout=2 * limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return {**row, "failed": f"over {2 * limit:g} s"}
+    if process.returncode:
+        out_of_memory = "MemoryError" in complaint or "alloc" in complaint
+        last = (complaint.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         return {**row, "failed": f"over {MEMORY >> 30} GiB" if out_of_memory else last}
-    return {**row, **json.loads(done.stdout)}
+    return {**row, **json.loads(printed)}
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -128,19 +141,22 @@ def table(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--units", default="1e3,1e4,1e5,1e6,1e7")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds a cell")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds a cell")
     parser.add_argument("--cell", nargs=2, metavar=("SOLVER", "UNITS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(cell(options.cell[0], int(options.cell[1]), options.limit)))
         return
     solvers = ["large", "pareto_dp", "milp", *(["cbc"] if find_spec("pulp") else [])]
+    packages = ["numpy", "scipy", *(["pulp"] if "cbc" in solvers else [])]
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
     rows: list[dict[str, object]] = []
     for units in (int(float(text)) for text in options.units.split(",")):
         for solver in solvers:
             rows.append(measured(solver, units, options.limit))
             print(rows[-1], file=sys.stderr)
-            (HERE / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+            found = {"versions": versions, "limit_seconds": options.limit, "rows": rows}
+            (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
             (HERE / "results.md").write_text(table(rows))
 
 

@@ -18,7 +18,7 @@ import pytest
 LAYERS = (
     {"errors", "formats", "registry", "units"},
     {"kernels", "quantizers"},
-    {"budget", "corpora", "models", "policy", "space", "texts"},
+    {"budget", "corpora", "models", "policy", "rules", "space", "texts"},
     {"objectives"},
     {"solvers"},
     {"evaluate", "run", "settings", "tables"},

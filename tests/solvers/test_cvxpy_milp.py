@@ -8,7 +8,7 @@ import pytest
 
 from bitsearch.errors import InfeasibleBudget, UsageError
 from bitsearch.solvers import cvxpy_milp, milp
-from bitsearch.testing import random_problem
+from bitsearch.testing import exhaustive, random_problem
 
 cp = pytest.importorskip("cvxpy")
 
@@ -32,12 +32,20 @@ def assert_agrees(seed):
     )
     if seed % 3 == 0 and units > 3:
         problem = replace(problem, ties=((0, 2), (1, 3)))
+    if seed % 4 == 0:
+        problem = replace(problem, distinct=int(rng.integers(1, candidates + 1)))
+    small = candidates**units <= 5000
+    if small:
+        best = exhaustive(problem)
     try:
         expected = milp.solve(problem)
     except InfeasibleBudget:
         with pytest.raises(InfeasibleBudget):
             cvxpy_milp.solve(problem)
+        assert not small or best is None
         return
+    if small:
+        assert expected.damage == pytest.approx(best, rel=1e-9)
     solution = cvxpy_milp.solve(problem)
     assert problem.feasible(solution.choice)
     assert solution.damage == pytest.approx(expected.damage, rel=1e-4)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_at_most_so_many_distinct_candidates():
     problem = model_like_problem(np.random.default_rng(2), blocks=3, bits=4.2)
     damages = []
     for distinct in (1, 2, 3, 8):
-        solution = milp.solve(problem, distinct=distinct)
+        solution = milp.solve(replace(problem, distinct=distinct))
         assert len(set(solution.choice.tolist())) <= distinct
         assert problem.feasible(solution.choice)
         damages.append(solution.damage)
@@ -92,9 +93,9 @@ def test_distinct_may_be_what_makes_it_infeasible():
     problem = Problem(damage, np.ones((1, 2, 2), int), np.array([2]))
     assert milp.solve(problem).choice.tolist() == [0, 1]
     with pytest.raises(InfeasibleBudget, match="at most 1 distinct"):
-        milp.solve(problem, distinct=1)
+        milp.solve(replace(problem, distinct=1))
     with pytest.raises(UsageError, match="distinct"):
-        milp.solve(problem, distinct=0)
+        replace(problem, distinct=0)
 
 
 def test_time_limit_is_told():

@@ -9,6 +9,8 @@ from hypothesis.extra import numpy as hnp
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.solvers.monotone import monotone
 from bitsearch.solvers.problem import Problem, Solution
+from bitsearch.solvers.ties import merge_ties
+from bitsearch.testing import random_pairs, random_problem
 
 DAMAGE = np.array([[2.0, 1.0], [3.0, np.inf]])
 COSTS = np.array([[[1, 2], [3, 4]]])
@@ -54,6 +56,40 @@ def test_feasible_checks_budget_tie_and_permission():
     assert not problem.feasible(np.array([1, 0]))
     assert not problem.feasible(np.array([1, 1]))
     assert not Problem(DAMAGE, COSTS, np.array([3])).feasible(np.array([0, 0]))
+
+
+def test_feasible_counts_distinct_candidates():
+    problem = Problem(DAMAGE, COSTS, BUDGET, distinct=1)
+    assert problem.feasible(np.array([0, 0]))
+    assert not problem.feasible(np.array([1, 0]))
+    with pytest.raises(UsageError, match="at most 0 distinct"):
+        Problem(DAMAGE, COSTS, BUDGET, distinct=0)
+
+
+def test_pair_terms_count_once_and_never_within_a_unit():
+    pairs = np.full((2, 2, 2, 2), 10.0)
+    pairs[0, 1, 1, 0] = pairs[1, 0, 0, 1] = 0.5
+    problem = Problem(DAMAGE, COSTS, BUDGET, pairs=pairs)
+    assert problem.total_damage(np.array([1, 0])) == 1.0 + 3.0 + 0.5
+    with pytest.raises(UsageError, match="symmetric"):
+        Problem(DAMAGE, COSTS, BUDGET, pairs=pairs * np.array([1.0, 2.0]))
+    with pytest.raises(UsageError, match="pairs have shape"):
+        Problem(DAMAGE, COSTS, BUDGET, pairs=pairs[:1])
+    pairs[0, 0, 1, 1] = np.nan
+    with pytest.raises(BadInput, match="pair term"):
+        Problem(DAMAGE, COSTS, BUDGET, pairs=pairs)
+
+
+@pytest.mark.parametrize("ties", [((0, 2),), ((3, 1), (0, 2, 4)), ((0, 1, 2, 3, 4),)])
+def test_merged_ties_keep_the_damage_of_every_choice(ties):
+    rng = np.random.default_rng(0)
+    problem = random_problem(rng, 5, 3, tightness=1.0)
+    pairs = random_pairs(rng, problem, strength=1.0)
+    problem = Problem(problem.damage, problem.costs, problem.budgets, ties, pairs=pairs)
+    merged, member = merge_ties(problem)
+    for choice in np.ndindex(*[3] * len(merged.damage)):
+        whole = np.array(choice)[member]
+        assert merged.total_damage(np.array(choice)) == pytest.approx(problem.total_damage(whole))
 
 
 def test_totals_do_not_overflow_narrow_types():
