@@ -1,6 +1,6 @@
 """How far do the solvers reach? Seconds, peak memory and gap from 1e3 to 1e7 units.
 
-    python experiments/solver_growth/run.py            # writes results.json, results.md
+    python experiments/solver_growth/run.py            # writes results.json, prints the table
     python experiments/solver_growth/run.py --units 1e3,1e4 --limit 30
 
 Each cell runs in a process of its own. The time limit is given to those solvers that
@@ -112,6 +112,8 @@ def measured(solver: str, units: int, limit: float) -> dict[str, object]:
             return {**row, "failed": f"over {2 * limit:g} s"}
     if process.returncode:
         out_of_memory = "MemoryError" in complaint or "alloc" in complaint
+        if "OutOfResources" in complaint:
+            return {**row, "failed": f"no choice found in {limit:g} s"}
         last = (complaint.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         return {**row, "failed": f"over {MEMORY >> 30} GiB" if out_of_memory else last}
     return {**row, **json.loads(printed)}
@@ -157,7 +159,7 @@ def main() -> None:
             print(rows[-1], file=sys.stderr)
             found = {"versions": versions, "limit_seconds": options.limit, "rows": rows}
             (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-            (HERE / "results.md").write_text(table(rows))
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":
