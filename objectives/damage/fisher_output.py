@@ -8,8 +8,12 @@ backward pass, then each candidate is replayed on the inputs kept from it. It
 sees input correlations and outliers, which weight-side scores do not.
 
 Where the weights meet the logits (the head) the Fisher information of the
-softmax is known in closed form and used whole: ½ Var_p(Δz). Fused experts are
+softmax is known in closed form and used whole: ½ Var_p(Δz), at fewer tokens. Fused experts are
 replayed as a module and scored at its output.
+
+`fisher_output_data` takes the labels from the text instead, as AutoQuantize
+does: the empirical Fisher information, which does not predict KL where the
+model is wrong about its text.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ from bitsearch.objectives.statistics import input_module
 from bitsearch.units import Unit
 
 ROWS = 1024  # tokens kept over all windows; more change the ranking little
+HEAD_TOKENS = 256  # of them replayed through the head: a vocabulary wide, and used whole
 _HEAD_ROWS = 128
+_IGNORED = -1  # label of a position without a next token
 
 
 @dataclass(slots=True)
@@ -49,7 +55,18 @@ class _Call:
 
 def fisher_output(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int, int, float]]:
     """Predicted KL a token from the output-side Fisher diagonal."""
-    calls, hidden, tokens = _replayable(scoring, {unit for unit, _ in cells})
+    return _scores(scoring, cells, drawn=True)
+
+
+def fisher_output_data(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int, int, float]]:
+    """`fisher_output` with the text's next tokens for labels: half ModelOpt's gradient score."""
+    return _scores(scoring, cells, drawn=False)
+
+
+def _scores(
+    scoring: Scoring, cells: Sequence[Cell], *, drawn: bool
+) -> Iterator[tuple[int, int, float]]:
+    calls, hidden, tokens = _replayable(scoring, {unit for unit, _ in cells}, drawn)
     for unit, candidates in by_unit(cells):
         scored = scoring.units[unit]
         replay = _linear if scored.kind in ("linear", "fused") else _replay
@@ -57,7 +74,9 @@ def fisher_output(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int
             yield unit, candidate, replay(scoring, scored, candidate, calls, hidden) / tokens
 
 
-def _replayable(scoring: Scoring, units: set[int]) -> tuple[dict[str, list[_Call]], Tensor, int]:
+def _replayable(
+    scoring: Scoring, units: set[int], drawn: bool
+) -> tuple[dict[str, list[_Call]], Tensor, int]:
     """Calls with a gradient by module, last hidden states, and token count."""
     decoder = scoring.decoder
     windows, length = scoring.tokens.shape
@@ -81,7 +100,9 @@ def _replayable(scoring: Scoring, units: set[int]) -> tuple[dict[str, list[_Call
         try:
             with torch.enable_grad():
                 hidden = decoder.hidden(window[None])
-            hidden.backward(_loss_gradient(decoder, hidden[0].detach(), generator)[None])
+            # The last position of a window has no next token: its label is ignored.
+            labels = None if drawn else F.pad(window[1:], (0, 1), value=_IGNORED)
+            hidden.backward(_loss_gradient(decoder, hidden[0].detach(), generator, labels)[None])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -124,14 +145,20 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.requires_grad_(True)
 
 
-def _loss_gradient(decoder: Decoder, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """∂ℓ/∂h of (length, width) last hidden states, ℓ summed over sampled labels."""
+def _loss_gradient(
+    decoder: Decoder, hidden: Tensor, generator: torch.Generator, labels: Tensor | None
+) -> Tensor:
+    """∂ℓ/∂h of (length, width) last hidden states, ℓ summed over (length,) or sampled labels."""
     gradients = []
-    for rows in hidden.split(_HEAD_ROWS):
+    for start, rows in enumerate(hidden.split(_HEAD_ROWS)):
         rows = rows.requires_grad_(True)
         with torch.enable_grad():
             logits = decoder.logits(rows)
-            loss = F.cross_entropy(logits, sample(logits, generator), reduction="sum")
+            if labels is None:
+                chosen = sample(logits, generator)
+            else:
+                chosen = labels[start * _HEAD_ROWS :][: len(rows)]
+            loss = F.cross_entropy(logits, chosen, reduction="sum", ignore_index=_IGNORED)
         gradients.append(torch.autograd.grad(loss, rows)[0])
     return torch.cat(gradients)
 
@@ -166,18 +193,20 @@ def _replay(
     length = scoring.tokens.shape[1]
     is_head = input_module(decoder, unit) is decoder.head
     before = [_repeat(module, unit, call, length) for call in made]
-    logits = [decoder.logits(rows) for rows in hidden.split(_HEAD_ROWS)] if is_head else []
+    entering = hidden[:: -(-len(hidden) // HEAD_TOKENS)] if is_head else hidden[:0]
     total = 0.0
+    logits = [decoder.logits(rows) for rows in entering.split(_HEAD_ROWS)]
     with scoring.weights.applied([(unit, scoring.candidates[candidate])]):
         for call, old in zip(made, before, strict=True):
             total += _weighted(call.gradient, _repeat(module, unit, call, length) - old)
-        for rows, old in zip(hidden.split(_HEAD_ROWS), logits, strict=False):
+        variance = 0.0
+        for rows, old in zip(entering.split(_HEAD_ROWS), logits, strict=True):
             change = decoder.logits(rows) - old
             p = old.softmax(-1)
             mean = (p * change).sum(-1)
-            variance = (p * change.square_()).sum(-1) - mean.square()
-            total += 0.5 * float(variance.clamp_(min=0).sum(dtype=torch.float64))
-    return total
+            part = (p * change.square_()).sum(-1) - mean.square()
+            variance += 0.5 * float(part.clamp_(min=0).sum(dtype=torch.float64))
+    return total + variance * len(hidden) / max(1, len(entering))
 
 
 def _repeat(module: nn.Module, unit: Unit, call: _Call, length: int) -> Tensor:

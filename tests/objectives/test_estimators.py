@@ -9,23 +9,40 @@ import pytest
 import torch
 
 from bitsearch.errors import UsageError
-from bitsearch.objectives.damage import hessian_trace
+from bitsearch.objectives.damage import hessian_eigenvalue, hessian_trace
 from bitsearch.objectives.estimators import ESTIMATORS, load_estimator
 
 FAMILIES = ["llama", "gpt2", "mixtral"]
-DRAWN = {"fisher_output", "fisher_weight", "noise_slope", "hessian_trace"}
+DRAWN = {
+    "fisher_output",
+    "fisher_weight",
+    "hessian_eigenvalue",
+    "hessian_eigenvalue_ranking",
+    "hessian_trace",
+    "noise_slope",
+}
+# Measured from the widest candidate, which so does no damage.
+RELATIVE = {"gradient_alignment", "hessian_input_activation", "weight_quantization_error"}
 
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough to tell whether results repeat."""
     monkeypatch.setattr(hessian_trace, "DRAWS", 2)
+    monkeypatch.setattr(hessian_eigenvalue, "ITERATIONS", 2)
+    monkeypatch.setattr(hessian_eigenvalue, "WINDOWS", 1)
 
 
 @pytest.fixture(params=ESTIMATORS)
-def estimator(request: pytest.FixtureRequest) -> Any:
+def name(request: pytest.FixtureRequest) -> str:
+    """Every estimator's name in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def estimator(name: str) -> Any:
     """Every estimator in turn."""
-    return load_estimator(request.param)
+    return load_estimator(name)
 
 
 def small(case_of: Any, family: str) -> Any:
@@ -60,7 +77,6 @@ def test_a_cell_does_not_depend_on_the_others(estimator: Any, family: str, case_
             assert value == pytest.approx(whole[unit, candidate], rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
 def test_results_repeat_under_a_seed(name: str, case_of: Any) -> None:
     """And change with it only where something is drawn."""
     case = small(case_of, "llama")
@@ -99,11 +115,12 @@ def test_unchanged_weights_do_no_damage(estimator: Any, case_of: Any) -> None:
     assert all(value < 1e-6 for _, _, value in estimator(case.scoring(), cells))
 
 
-def test_more_bits_do_less_damage(estimator: Any, case_of: Any) -> None:
+def test_more_bits_do_less_damage(name: str, estimator: Any, case_of: Any) -> None:
     """Two bits against six, summed over the model."""
     case = case_of(num_hidden_layers=2)
     cells = [(unit, c) for unit in range(len(case.units)) for c in (0, 1)]
     sums = [0.0, 0.0]
     for _, candidate, value in estimator(case.scoring("int2-g16,int6-g16"), cells):
         sums[candidate] += value
-    assert sums[0] > 5 * sums[1] > 0
+    assert sums[0] > 5 * sums[1] >= 0
+    assert (sums[1] == 0) == (name in RELATIVE)

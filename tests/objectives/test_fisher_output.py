@@ -12,13 +12,18 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from bitsearch.objectives.damage import fisher_output as module
-from bitsearch.objectives.damage.fisher_output import fisher_output
+from bitsearch.objectives.damage.fisher_output import fisher_output, fisher_output_data
 from bitsearch.objectives.damage.gradients import sample
 from bitsearch.objectives.damage.kl import kl
 
 
-def seen(case: Any, scoring: Any, names: list[str]) -> dict[str, tuple[list[Any], Tensor]]:
-    """Arguments of each module by window, and ∂ℓ/∂y of shape (windows, …, out)."""
+def seen(
+    case: Any, scoring: Any, names: list[str], data: bool = False
+) -> dict[str, tuple[list[Any], Tensor]]:
+    """Arguments of each module by window, and ∂ℓ/∂y of shape (windows, …, out).
+
+    Labels are drawn from the model, or the text's next tokens if `data`.
+    """
     names = list(dict.fromkeys(names))  # one hook where units share a module
     arguments: dict[str, list[Any]] = {name: [] for name in names}
     outputs: dict[str, Tensor] = {}
@@ -42,7 +47,10 @@ def seen(case: Any, scoring: Any, names: list[str]) -> dict[str, tuple[list[Any]
         generator = scoring.generator(index)
         torch.randperm(length, generator=generator)  # which tokens are kept is drawn first
         logits = case.model(input_ids=window[None]).logits[0]
-        F.cross_entropy(logits, sample(logits.float(), generator), reduction="sum").backward()
+        if data:
+            F.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
+        else:
+            F.cross_entropy(logits, sample(logits.float(), generator), reduction="sum").backward()
         for name in names:
             gradients[name].append(outputs[name].grad)
     case.model.requires_grad_(False)
@@ -65,14 +73,16 @@ def last_hidden(case: Any) -> Tensor:
     return case.decoder.hidden(case.tokens)
 
 
+@pytest.mark.parametrize("data", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "phi3"])
-def test_linear_layers_equal_explicit_gradients(family: str, case_of: Any) -> None:
+def test_linear_layers_equal_explicit_gradients(family: str, data: bool, case_of: Any) -> None:
     case = case_of(family, dtype=torch.float64)
     scoring = case.scoring(seed=3)
     units = [i for i, unit in enumerate(case.units) if unit.kind in ("linear", "fused")]
     cells = [(unit, c) for unit in units for c in (0, 1)]
-    kept = seen(case, scoring, [m.module for unit in units for m in case.units[unit].matrices])
-    found = list(fisher_output(scoring, cells))
+    names = [m.module for unit in units for m in case.units[unit].matrices]
+    kept = seen(case, scoring, names, data)
+    found = list((fisher_output_data if data else fisher_output)(scoring, cells))
     assert [cell[:2] for cell in found] == cells
     for unit, candidate, value in found:
         expected = 0.0
