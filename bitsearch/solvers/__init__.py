@@ -21,6 +21,7 @@ SOLVERS: dict[str, str] = {
     "greedy": "bitsearch.solvers.greedy:solve",
     "large": "bitsearch.solvers.large:solve",
     "min_max": "bitsearch.solvers.min_max:solve",
+    "quadratic": "bitsearch.solvers.quadratic:solve",
     "ranked": "bitsearch.solvers.ranked:solve",
     "cvxpy": "bitsearch.solvers.cvxpy_milp:solve",
 }

@@ -57,30 +57,46 @@ def solve(
     refuse(problem, "milp", "pairs")
     merged, member = merge_ties(problem)
     require_feasible(merged)
-    program = _formulate(merged)
+    choice, bound = optimum(formulate(merged), merged, relative_gap, time_limit)
+    total = problem.total_damage(choice[member])
+    return Solution(choice[member], total, min(bound, total))
+
+
+def optimum(
+    program: Program, problem: Problem, relative_gap: float, time_limit: float
+) -> tuple[Choice, float]:
+    """The best choice that keeps the problem's budgets exactly, and the bound proved.
+
+    Raises:
+        InfeasibleBudget: no choice keeps all budgets and rules.
+        OutOfResources: nothing feasible was found within the time limit.
+    """
     deadline = time.monotonic() + time_limit
     while True:
         result = program.run(relative_gap, max(0.0, deadline - time.monotonic()))
         if result.x is None:
-            _explain(result, merged, time_limit)
+            _explain(result, problem, time_limit)
         choice = program.choice_of(result.x)
-        if merged.feasible(choice):
-            total = problem.total_damage(choice[member])
-            bound = program.damage_of(result.mip_dual_bound)
-            return Solution(choice[member], total, min(bound, total))
+        if problem.feasible(choice):
+            return choice, program.damage_of(result.mip_dual_bound)
         program.forbid(choice)  # over a budget by less than HiGHS' tolerance
 
 
 @dataclass(slots=True)
-class _Program:
-    """The arrays given to HiGHS, in its own scale, and the way back."""
+class Program:
+    """The arrays given to HiGHS, in its own scale, and the way back.
+
+    Its columns are the z of allowed candidates, unit by unit, then others:
+    indicators of used candidates, or products of z.
+    """
 
     units: NDArray[np.int64]  # (variables,) unit of each z
     candidates: NDArray[np.int64]  # (variables,) candidate of each z
-    objective: NDArray[np.float64]  # (variables + indicators,)
+    objective: NDArray[np.float64]  # (columns,)
+    integrality: NDArray[np.int64]  # (columns,) 1 where integer
     damage_scale: float
     least_damage: float
-    costs: csr_array  # (resources, variables + indicators), scaled
+    costs: csr_array  # (resources, columns), scaled
     limits: NDArray[np.float64]  # (resources,), scaled
     rules: list[LinearConstraint]
 
@@ -89,7 +105,7 @@ class _Program:
         with stdout_to_stderr():
             return highs(
                 self.objective,
-                integrality=np.ones(len(self.objective), np.int64),
+                integrality=self.integrality,
                 bounds=Bounds(0, 1),
                 constraints=[*budgets, *self.rules],
                 options={"mip_rel_gap": relative_gap, "time_limit": time_limit},
@@ -112,7 +128,8 @@ class _Program:
         self.rules.append(LinearConstraint(csr_array(row[None]), ub=len(choice) - 1))
 
 
-def _formulate(problem: Problem) -> _Program:
+def formulate(problem: Problem) -> Program:
+    """The program of the additive part of a problem without ties."""
     units, candidates = np.nonzero(problem.damage < np.inf)
     variables = len(units)
     # only differences within a unit matter: small numbers, no cancellation
@@ -133,10 +150,11 @@ def _formulate(problem: Problem) -> _Program:
         damage = np.concatenate([damage, np.zeros(kinds)])
         rows = hstack([rows, csr_array((rows.shape[0], kinds))]).tocsr()
         rules = _at_most(problem.distinct, kinds, units, candidates)
-    return _Program(
+    return Program(
         units,
         candidates,
         damage / damage_scale,
+        np.ones(len(damage), np.int64),
         damage_scale,
         float(least.sum()),
         rows,

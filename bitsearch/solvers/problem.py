@@ -39,7 +39,8 @@ class Problem:
         distinct: most different candidates in the whole policy; None is no limit.
         pairs: (units, candidates, units, candidates), symmetric: damage that two
             units' candidates add together, beyond what each does alone. The
-            blocks of a unit with itself do not count. None is additive.
+            blocks of a unit with itself do not count (a solver may use them to
+            see that the whole is convex). None is additive.
 
     Raises:
         UsageError: the arrays do not fit each other, a tie is malformed, or

@@ -57,10 +57,9 @@ def _merged_pairs(
     pairs: Pairs, order: NDArray[np.int64], starts: NDArray[np.int64]
 ) -> tuple[Pairs, NDArray[np.float64]]:
     """Pair terms between merged units, and (units, candidates) what each holds inside."""
-    alone = pairs[order][:, :, order].astype(np.float64)
-    units, candidates = np.arange(len(order)), np.arange(pairs.shape[1])
-    alone[units, :, units] = 0.0  # a unit with itself does not count
-    summed = np.add.reduceat(np.add.reduceat(alone, starts, axis=0), starts, axis=2)
-    merged = np.arange(len(starts))[:, None]
-    inside = summed[merged, candidates, merged, candidates] / 2
+    sorted_pairs = pairs[order][:, :, order].astype(np.float64)
+    summed = np.add.reduceat(np.add.reduceat(sorted_pairs, starts, axis=0), starts, axis=2)
+    # a unit with itself does not count
+    alone = np.add.reduceat(np.einsum("ucuc->uc", sorted_pairs), starts, axis=0)
+    inside = (np.einsum("ucuc->uc", summed) - alone) / 2
     return summed, inside

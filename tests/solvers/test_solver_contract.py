@@ -10,7 +10,7 @@ from bitsearch.solvers import SOLVERS, load_solver
 from bitsearch.solvers.problem import Solution
 from bitsearch.testing import SolverContract
 
-EXACT = {"pareto_dp", "milp", "large"}
+EXACT = {"pareto_dp", "milp", "large", "quadratic"}
 
 for name in SOLVERS:
     if name == "cvxpy" and find_spec("cvxpy") is None:
