@@ -8,7 +8,7 @@ from typing import Any
 from bitsearch import registry
 from bitsearch.errors import UsageError
 
-Rows = list[dict[str, str]]
+Rows = list[dict[str, Any]]
 
 
 def catalogue(kind: str) -> Rows:
@@ -23,10 +23,28 @@ def catalogue(kind: str) -> Rows:
         "quantizers": _quantizers,
         "formats": _formats,
         "models": _models,
+        "recipes": _recipes,
     }
     if kind not in kinds:
         raise UsageError(f"cannot list '{kind}'; write one of {', '.join(kinds)}")
     return kinds[kind]()
+
+
+def _recipes() -> Rows:
+    from bitsearch.recipes import load_recipe, recipe_names
+
+    rows = []
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        parts = (f"{part} {getattr(recipe, part)}" for part in ("damage", "solver", "candidates"))
+        rows.append(
+            {
+                "name": name,
+                "about": f"{recipe.title}: {', '.join(parts)}",
+                **recipe.model_dump(mode="json"),
+            }
+        )
+    return rows
 
 
 def _estimators() -> Rows:

@@ -34,6 +34,10 @@ Budgets = Annotated[
         "--budget", "-b", help="3.5bpw, 3.5bpw@linear, 600MB, 1.2GiB or 0.8x; repeatable."
     ),
 ]
+MaybeBudgets = Annotated[
+    list[str] | None,
+    typer.Option("--budget", "-b", help="As for `plan`; repeatable; a recipe may bring its own."),
+]
 Candidates = Annotated[
     str | None, typer.Option(help=f"Formats a unit may take.  [default: {DEFAULT_CANDIDATES}]")
 ]
@@ -151,10 +155,21 @@ def measure(
 @app.command()
 def search(
     model: Model,
-    budget: Budgets,
+    budget: MaybeBudgets = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Preset of a published system, or a TOML file of one's own.")
+    ] = None,
     out_: Out = None,
-    damage: Damage = "fisher_output",
-    solver: Annotated[str, typer.Option(help="See `bitsearch list solvers`.")] = "pareto_dp",
+    damage: Annotated[
+        str | None,
+        typer.Option(help="See `bitsearch list estimators`.  [default: fisher_output]"),
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="See `bitsearch list solvers`.  [default: pareto_dp]")
+    ] = None,
+    quantizer: Annotated[
+        str | None, typer.Option(help="See `bitsearch list quantizers`.  [default: rtn]")
+    ] = None,
     candidates: Candidates = None,
     freeze: Freeze = None,
     at_least: AtLeast = None,
@@ -179,10 +194,15 @@ def search(
     """Find the best policy within the budget, checked on the real model."""
     with (
         reporting(),
+        _recipe(
+            recipe, budget=budget, damage=damage, solver=solver, candidates=candidates, fuse=fuse,
+            quantizer=quantizer, length=length, windows=windows,
+        ) as (used, resolved),
         _session(
-            model, out_, device, candidates=candidates, frozen=_frozen(freeze), fuse=fuse,
+            model, out_, device, frozen=_frozen(freeze),
             texts=text, own_texts=_own(calibration_text, selection_text, evaluation_text),
-            length=length, windows=windows, dtype=dtype, seed=seed, revision=revision,
+            dtype=dtype, seed=seed, revision=revision,
+            **{name: used[name] for name in _RECIPE_SETTINGS},
         ) as session,
         Stages() as stages,
     ):  # fmt: skip
@@ -192,7 +212,14 @@ def search(
         from bitsearch.search import search as run_search
 
         rules = Rules(_least_bits(at_least), tuple(tie or ()), distinct)
-        request = Request(tuple(budget), damage, solver, diagnostics, rules)
+        request = Request(
+            tuple(used["budget"] or ()),
+            used["damage"] or "fisher_output",
+            used["solver"] or "pareto_dp",
+            diagnostics,
+            rules,
+            resolved,
+        )
         found = run_search(session, request, stages)
         stages.__exit__()
         _emit(found, json_, lambda: print_result(found))
@@ -263,7 +290,7 @@ def check(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(help="estimators, solvers, formats, quantizers or models.")
+        str, typer.Argument(help="estimators, solvers, formats, quantizers, models or recipes.")
     ],
     json_: Json = False,
 ) -> None:
@@ -303,6 +330,22 @@ def _own(*texts: str | None) -> dict[str, str] | None:
     purposes = ("calibration", "selection", "evaluation")
     given = {p: text for p, text in zip(purposes, texts, strict=True) if text is not None}
     return given or None
+
+
+_RECIPE_SETTINGS = ("candidates", "fuse", "quantizer", "length", "windows")
+
+
+@contextmanager
+def _recipe(
+    name: str | None, **given: Any
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """What is used under a recipe, and the recipe as it is stored."""
+    if name is None:
+        yield given, None
+        return
+    from bitsearch.recipes import resolve
+
+    yield resolve(name, given)
 
 
 @contextmanager

@@ -17,6 +17,10 @@ def print_result(found: dict[str, Any]) -> None:
         f"\n[bold]{escape(found['model'])}[/] within {budget}: "
         f"{found['bytes']:,} bytes, {found['bpw']:.3f} bits a weight"
     )
+    if found.get("recipe"):
+        recipe = found["recipe"]
+        changed = f"; changed: {', '.join(recipe['overridden'])}" if recipe["overridden"] else ""
+        out.print(f"recipe {escape(recipe['name'])}: {escape(recipe['title'])}{changed}")
     table = Table(
         Column("held-out text", overflow="fold"),
         *("bpw", "KL", "95 % interval", "perplexity", "shipped − it, paired"),

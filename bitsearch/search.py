@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class Request:
         solver: name of the solver.
         diagnostics: random policies, and single units, measured for diagnostics.
         rules: what else the policy must keep.
+        recipe: the resolved recipe that the rest comes from, as it is stored.
     """
 
     budgets: tuple[str, ...]
@@ -51,6 +52,7 @@ class Request:
     solver: str
     diagnostics: int
     rules: Rules = NO_RULES
+    recipe: Mapping[str, Any] | None = None
 
 
 def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.float64]:
@@ -112,6 +114,8 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     solver(unscored, seed=session.settings.seed)
     load_estimator(request.estimator)
     session.save()
+    if request.recipe is not None:
+        session.run.write_json("recipe.json", request.recipe)
     session.run.log("search", budgets=list(request.budgets), estimator=request.estimator)
     damage = measure(session, request.estimator, progress)
     damage = np.where(space.allowed, damage, np.inf)
@@ -149,7 +153,8 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
             "selection": summary(selection_quality, judge.reference_nll, judge.corpus),
             "evaluation": summary(judged[0], final.reference_nll, final.corpus),
         },
-        {"solver": request.solver, "gap": solution.gap, "rules": request.rules.describe()},
+        {"solver": request.solver, "gap": solution.gap, "rules": request.rules.describe()}
+        | ({} if request.recipe is None else {"recipe": request.recipe["name"]}),
     )
     path = session.run.path / "policy.json"
     atomic_write(path, save_policy(policy).encode())
@@ -159,6 +164,7 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     result = {
         "model": session.settings.model,
         "budget": list(request.budgets),
+        "recipe": request.recipe,
         "bytes": policy.achieved.bytes,
         "bpw": policy.achieved.bpw,
         "limit_bytes": [budget.limit for budget in budgets],

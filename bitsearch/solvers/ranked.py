@@ -104,7 +104,7 @@ def _best_cuts(
         with stdout_to_stderr():
             result = milp(
                 -steps.gain / steps.gain.max(),
-                integrality=np.ones(count),
+                integrality=np.ones(count, np.int64),
                 bounds=Bounds(0, 1),
                 constraints=[
                     LinearConstraint(steps.cost[None] / scale, ub=room / scale),
