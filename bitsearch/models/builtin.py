@@ -7,12 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import bitsearch
 from bitsearch.errors import BadInput
 from bitsearch.models.packages import cache_folder, cached, fetch, join, verify
 
+if TYPE_CHECKING:
+    from bitsearch.models.load import LoadedModel
+
 logger = logging.getLogger(__name__)
+
+
+_NONSENSE = 1000.0
+_ENGLISH = (
+    "The sun had gone down behind the hills, and the village was quiet. A few children were still "
+    "playing in the street, but their mothers were calling them home for dinner. It had been a "
+    "long day, and everybody was tired."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,26 @@ def _convert(file: Path, folder: Path) -> None:
     from bitsearch.models.source import Source
 
     loaded = load_model(Source(str(file), None, file.parent, file.name), dtype="bfloat16")
+    _check_sense(loaded)
     with quiet():
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
+
+
+def _check_sense(loaded: LoadedModel) -> None:
+    """Refuse a conversion that went wrong: transformers 5.17 splits the words of Gemma's GGUF wrongly.
+
+    Raises:
+        BadInput: plain English surprises the model far more than any language model.
+    """
+    import torch
+    import transformers
+
+    tokens = loaded.tokenizer(_ENGLISH, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        perplexity = float(loaded.model(tokens, labels=tokens).loss.exp())
+    if not perplexity < _NONSENSE:
+        raise BadInput(
+            f"transformers {transformers.__version__} converts this GGUF file wrongly (perplexity "
+            f"{perplexity:.3g} on plain English); run: pip install --upgrade transformers"
+        )

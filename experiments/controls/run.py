@@ -28,10 +28,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", default="8,16,32")
+    parser.add_argument("--candidates")
     parser.add_argument("--diagnostics", type=int, default=24)
     parser.add_argument("--budgets", default=",".join(BUDGETS))
     options = parser.parse_args()
-    given = {"length": options.length, "windows": options.windows}
+    given = {name: getattr(options, name) for name in ("length", "windows", "candidates")}
     results = []
     with open_session(options.model, options.out, options.device, given) as session:
         for budget in options.budgets.split(","):

@@ -29,7 +29,6 @@ from bitsearch.solvers import load_solver
 from bitsearch.solvers.problem import Problem
 
 BUDGETS = ("3.5bpw", "4.0bpw", "4.5bpw", "5.0bpw", "6.0bpw", "7.0bpw")
-RANDOM_POLICIES = 32
 
 
 def main() -> None:
@@ -41,16 +40,18 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", default="8,16,32")
+    parser.add_argument("--candidates")
+    parser.add_argument("--random", type=int, default=32, help="random policies a budget")
     options = parser.parse_args()
-    given = {"length": options.length, "windows": options.windows}
+    given = {name: getattr(options, name) for name in ("length", "windows", "candidates")}
     with open_session(options.model, options.out, options.device, given) as session:
         session.save()
-        found = compare(session)
+        found = compare(session, options.random)
     options.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print_table(found)
 
 
-def compare(session: Session) -> dict[str, Any]:
+def compare(session: Session, random: int) -> dict[str, Any]:
     """Tables of all estimators, rank correlations, and held-out KL by budget."""
     tables, seconds = {}, {}
     for name in ESTIMATORS:
@@ -65,7 +66,7 @@ def compare(session: Session) -> dict[str, Any]:
         )
         for name, table in tables.items()
     }
-    budgets = [at_budget(session, tables, text) for text in BUDGETS]
+    budgets = [at_budget(session, tables, text, random) for text in BUDGETS]
     return {
         "model": session.settings.model,
         "versions": versions(session),
@@ -82,12 +83,12 @@ def compare(session: Session) -> dict[str, Any]:
     }
 
 
-def at_budget(session: Session, tables: dict[str, Any], text: str) -> dict[str, Any]:
+def at_budget(session: Session, tables: dict[str, Any], text: str, random: int) -> dict[str, Any]:
     """Rank correlation and held-out KL of every estimator at one budget."""
     space, seed = session.space, session.settings.seed
     costs, limits = resources([parse_budget(text, space)], space)
     selection, evaluation = Judge(session, "selection"), Judge(session, "evaluation")
-    policies = random_policies(Problem(tables["kl"], costs, limits), RANDOM_POLICIES, seed)
+    policies = random_policies(Problem(tables["kl"], costs, limits), random, seed)
     losses = [selection.quality(policy.choice).mean_kl for policy in policies]
     rows = {}
     for name, table in tables.items():
@@ -102,6 +103,7 @@ def at_budget(session: Session, tables: dict[str, Any], text: str) -> dict[str, 
             "perplexity": quality.perplexity,
             "bytes": space.total_bytes(choice),
         }
+    print(text, {name: round(row["kl"], 4) for name, row in rows.items()}, flush=True)
     return {"budget": text, "limit_bytes": parse_budget(text, space).limit, "estimators": rows}
 
 

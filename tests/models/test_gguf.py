@@ -139,6 +139,10 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
 
 @pytest.fixture
 def packaged(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builtin:
+    return _package(file, tmp_path, monkeypatch)
+
+
+def _package(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builtin:
     """A built-in model whose GGUF lies in the wheels of two packages, without a network."""
     content = file.read_bytes()
     index = tmp_path / "index"
@@ -195,6 +199,18 @@ def test_replaced_download_is_refused(
     wrong = Builtin("odd", "none", packaged.packages, packaged.pattern, "0" * 64)
     _register(wrong, monkeypatch)
     with pytest.raises(BadInput, match="damaged or was replaced"):
+        open_layout("odd")
+    assert not (tmp_path / "cache" / "models" / "odd").exists()
+
+
+def test_a_conversion_to_nonsense_is_refused(
+    llama: Any, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(1e4)
+    write_gguf(llama, file)
+    _package(file, tmp_path, monkeypatch)
+    with pytest.raises(BadInput, match="converts this GGUF file wrongly"):
         open_layout("odd")
     assert not (tmp_path / "cache" / "models" / "odd").exists()
 
