@@ -109,7 +109,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _check_sense(loaded: LoadedModel) -> None:
-    """Refuse a conversion that went wrong: transformers 5.17 splits the words of Gemma's GGUF wrongly.
+    """Refuse a conversion that went wrong, as Gemma's tokenizer does with transformers 5.17.
 
     Raises:
         BadInput: plain English surprises the model far more than any language model.

@@ -35,7 +35,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """(out, in) float32: scale · (code − zero)."""
-        rows, columns = self.codes.shape
+        columns = self.codes.shape[1]
         size = self.format.group_size or columns
         values = self.codes.float()
         full = columns - columns % size
