@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from bitsearch.console import Stages, reporting
-from bitsearch.errors import BadInput, UsageError
+from bitsearch.errors import UsageError
 from bitsearch.settings import DEFAULT_CANDIDATES
 
 if TYPE_CHECKING:
@@ -229,15 +229,22 @@ def search(
 def front(
     run: Annotated[Path, typer.Argument(help="Run directory of a search.")],
     format_: Annotated[str, typer.Option("--format", help="csv or json.")] = "csv",
+    measure: Annotated[
+        int | None, typer.Option(min=2, help="Measure so many of its points on selection text.")
+    ] = None,
+    device: Device = "auto",
 ) -> None:
     """Print the Pareto front of the last search."""
     with reporting():
-        path = run / f"front.{format_}"
+        from bitsearch.fronts import measure_front, read_front
+
         if format_ not in ("csv", "json"):
             raise UsageError(f"--format {format_}: write csv or json")
-        if not path.is_file():
-            raise BadInput(f"{run} holds no front; run `bitsearch search` with --out {run} first")
-        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+        read_front(run)
+        if measure is not None:
+            with _session(str(run), None, device) as session, Stages() as stages:
+                measure_front(session, measure, stages)
+        typer.echo((run / f"front.{format_}").read_text(encoding="utf-8"), nl=False)
 
 
 @app.command(name="eval")

@@ -1,17 +1,14 @@
-"""What a search leaves behind: the policy and the front."""
+"""The policy that a search leaves behind."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
-from bitsearch.budget import Budget
 from bitsearch.contenders import Contender
 from bitsearch.formats import Format
 from bitsearch.policy import (
@@ -25,12 +22,9 @@ from bitsearch.policy import (
     PolicyQuantizer,
     PolicyStatistics,
 )
-from bitsearch.run import STATISTICS, Run, atomic_write
+from bitsearch.run import STATISTICS
 from bitsearch.session import Session
-from bitsearch.solvers.pareto_dp import Front
 from bitsearch.space import Space
-
-FRONT_POINTS = 400
 
 
 def make_policy(
@@ -113,42 +107,6 @@ def make_policy(
             "versions": {name: _version(name) for name in ("bitsearch", "torch", "transformers")},
         },
     )
-
-
-def save_front(run: Run, space: Space, budget: Budget, front: Front) -> None:
-    """`front.csv` and `front.json`: at most some hundred points, evenly spread in bytes."""
-    kept = 0 if budget.linear_only else space.layout.kept_bytes
-    parameters = (
-        sum(u.parameters for u, linear in zip(space.units, space.linear, strict=True) if linear)
-        if budget.linear_only
-        else space.layout.parameters
-    )
-    grid = np.linspace(front.bytes[0], front.bytes[-1], FRONT_POINTS)
-    points = sorted({front.within(value) for value in grid})
-    rows = [
-        {
-            "bytes": int(front.bytes[point]) + kept,
-            "bpw": 8 * (int(front.bytes[point]) + kept) / parameters,
-            "damage": float(front.damage[point]),
-        }
-        for point in points
-    ]
-    run.write_json(
-        "front.json",
-        {
-            "scope": "linear" if budget.linear_only else "all",
-            "exact": front.exact,
-            "points": [
-                {**row, "choice": [int(c) for c in front.choice(point)]}
-                for row, point in zip(rows, points, strict=True)
-            ],
-        },
-    )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(run.path / "front.csv", text.getvalue().encode())
 
 
 def _declared(format: Format) -> PolicyFormat:

@@ -16,10 +16,11 @@ from bitsearch.contenders import Contender, byte_matched, random_policies, searc
 from bitsearch.diagnostics import additivity, rank_correlation, sensitivity_spread
 from bitsearch.errors import UsageError
 from bitsearch.evaluate import Quality, interval, summary
+from bitsearch.fronts import save_front
 from bitsearch.judge import Judge
 from bitsearch.objectives.estimators import load_estimator
 from bitsearch.policy import save_policy
-from bitsearch.record import make_policy, save_front
+from bitsearch.record import make_policy
 from bitsearch.rules import NO_RULES, Rules
 from bitsearch.run import atomic_write
 from bitsearch.session import Session
@@ -127,8 +128,7 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     solver_seconds = time.monotonic() - clock
     alone = len(budgets) == 1 and problem.distinct is None
     curve = front(damage, costs[0], ties=ties) if alone else None
-    if curve is not None:
-        save_front(session.run, space, budgets[0], curve)
+    save_front(session.run, space, budgets, problem, curve)
 
     contenders = searched(problem, solution.choice, curve, space, solver, session.settings.seed)
     if len(budgets) == 1:

@@ -201,7 +201,7 @@ def test_a_changed_text_or_model_is_noticed(cli: Any, place: Any) -> None:
 
 def test_front(cli: Any, searched: Any) -> None:
     rows = list(csv.DictReader(cli("front", searched.run).out.splitlines()))
-    assert list(rows[0]) == ["bytes", "bpw", "damage"] and len(rows) > 5
+    assert list(rows[0]) == ["bytes", "bpw", "damage", "knee"] and len(rows) > 5
     sizes = [int(row["bytes"]) for row in rows]
     damages = [float(row["damage"]) for row in rows]
     assert sizes == sorted(set(sizes)) and damages == sorted(damages, reverse=True)

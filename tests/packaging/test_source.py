@@ -23,7 +23,7 @@ LAYERS = (
     {"solvers"},
     {"evaluate", "run", "settings", "tables"},
     {"plan", "recipes", "session"},
-    {"contenders", "diagnostics", "judge", "record", "score", "search"},
+    {"contenders", "diagnostics", "fronts", "judge", "record", "score", "search"},
     {"catalogue", "check", "exporters", "report", "testing"},
     {"__main__", "cli", "console", "printing"},
 )
