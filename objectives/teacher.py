@@ -56,7 +56,7 @@ class Teacher:
         limit = 65536 if decoder.device.type == "cuda" else 2048
         self.batches.size = min(self.batches.size, max(1, limit // length), windows)
         self._head_rows = max(
-            1, (1 << 31 if decoder.device.type == "cuda" else 1 << 26) // (4 * config.vocab_size)
+            1, (1 << 31 if decoder.device.type == "cuda" else 1 << 28) // (4 * config.vocab_size)
         )
         state_bytes = 4 * windows * length * config.hidden_size * (len(decoder.blocks) + 1)
         store = decoder.device if state_bytes < 0.4 * free else torch.device("cpu")
@@ -117,6 +117,20 @@ class Teacher:
         else:
             state = self._entering[start][part].to(self.decoder.device)
             hidden = self.decoder.hidden(tokens, start=start, entering=state)
+        return self._compare(part, hidden, kl_only)
+
+    @torch.no_grad()
+    def kl_of(self, part: slice, hidden: Tensor) -> Tensor:
+        """(windows,) KL of the model as it is now, of which the last hidden states are known.
+
+        Args:
+            part: the windows, with a start.
+            hidden: (windows, length, width) last hidden states of the model.
+        """
+        return self._compare(part, hidden, True)[0]
+
+    def _compare(self, part: slice, hidden: Tensor, kl_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self.tokens[part]
         windows, length = tokens.shape
         hidden = hidden.flatten(0, 1)
         # The last position of a window has no next token: its label is ignored.
