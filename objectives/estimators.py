@@ -14,6 +14,7 @@ _DAMAGE = "bitsearch.objectives.damage"
 
 ESTIMATORS = {
     "kl": f"{_DAMAGE}.kl:kl",
+    "jsd_from_widest": f"{_DAMAGE}.jsd_from_widest:jsd_from_widest",
     "fisher_output": f"{_DAMAGE}.fisher_output:fisher_output",
     "fisher_output_data": f"{_DAMAGE}.fisher_output:fisher_output_data",
     "fisher_weight": f"{_DAMAGE}.fisher_weight:fisher_weight",
