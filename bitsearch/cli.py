@@ -167,6 +167,19 @@ def search(
     solver: Annotated[
         str | None, typer.Option(help="See `bitsearch list solvers`.  [default: pareto_dp]")
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Calibration tokens that a measured solver may spend.  [default: 64 passes]",
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a database for the solver's study.  [default: a file in the run]"
+        ),
+    ] = None,
     quantizer: Annotated[
         str | None, typer.Option(help="See `bitsearch list quantizers`.  [default: rtn]")
     ] = None,
@@ -219,6 +232,8 @@ def search(
             diagnostics,
             rules,
             resolved,
+            tokens,
+            storage,
         )
         found = run_search(session, request, stages)
         stages.__exit__()

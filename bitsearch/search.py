@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsearch.budget import Budget, check_feasible, parse_budget, resources
+from bitsearch.calibration_loss import solve_measured
 from bitsearch.contenders import Contender, byte_matched, random_policies, searched
 from bitsearch.diagnostics import additivity, rank_correlation, sensitivity_spread
 from bitsearch.errors import UsageError
@@ -24,7 +25,8 @@ from bitsearch.record import make_policy
 from bitsearch.rules import NO_RULES, Rules
 from bitsearch.run import atomic_write
 from bitsearch.session import Session
-from bitsearch.solvers import load_solver
+from bitsearch.solvers import load_solver, milp, pareto_dp
+from bitsearch.solvers.measured import needs_loss, refuse_early
 from bitsearch.solvers.monotone import monotone
 from bitsearch.solvers.pareto_dp import front
 from bitsearch.solvers.problem import Problem, Solution
@@ -46,6 +48,8 @@ class Request:
         diagnostics: random policies, and single units, measured for diagnostics.
         rules: what else the policy must keep.
         recipe: the resolved recipe that the rest comes from, as it is stored.
+        tokens: calibration tokens that a measured solver may spend; None is its default.
+        storage: URL of the database of its study; None is a file in the run.
     """
 
     budgets: tuple[str, ...]
@@ -54,6 +58,8 @@ class Request:
     diagnostics: int
     rules: Rules = NO_RULES
     recipe: Mapping[str, Any] | None = None
+    tokens: int | None = None
+    storage: str | None = None
 
 
 def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.float64]:
@@ -112,7 +118,11 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     # solver cannot take, are refused before anything is measured.
     nothing = np.where(space.allowed, 0.0, np.inf)
     unscored = Problem(nothing, costs, limits, ties, request.rules.distinct)
-    solver(unscored, seed=session.settings.seed)
+    measured = needs_loss(solver)
+    if measured:
+        refuse_early(solver, unscored)
+    else:
+        solver(unscored, seed=session.settings.seed)
     load_estimator(request.estimator)
     session.save()
     if request.recipe is not None:
@@ -124,13 +134,21 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
 
     problem = replace(unscored, damage=damage)
     clock = time.monotonic()
-    solution = solver(problem, seed=session.settings.seed)
-    solver_seconds = time.monotonic() - clock
     alone = len(budgets) == 1 and problem.distinct is None
+    planner = (pareto_dp if alone else milp).solve if measured else solver
+    if measured:
+        solution = solve_measured(
+            session, problem, (request.solver, solver), request.tokens, request.storage, progress
+        )
+    else:
+        solution = solver(problem, seed=session.settings.seed)
+    solver_seconds = time.monotonic() - clock
     curve = front(damage, costs[0], ties=ties) if alone else None
     save_front(session.run, space, budgets, problem, curve)
 
-    contenders = searched(problem, solution.choice, curve, space, solver, session.settings.seed)
+    contenders = searched(problem, solution.choice, curve, space, planner, session.settings.seed)
+    if measured:
+        contenders.append(Contender("additive", planner(problem).choice, False))
     if len(budgets) == 1:
         contenders += byte_matched(problem, space, session.settings.seed)
     contenders = [contender for contender in contenders if problem.feasible(contender.choice)]

@@ -90,6 +90,26 @@ class CandidateWeights:
             _restore(originals)
 
     @contextmanager
+    def swapping(self, units: Sequence[Unit]) -> Iterator[Callable[[Unit, Format], None]]:
+        """Put one unit after another into formats, then restore the reference.
+
+        Yields a function that puts one of these units into a format and leaves
+        the others as they are.
+        """
+        originals = {m.name: _saved(self.model, m) for unit in units for m in unit.matrices}
+
+        def swap(unit: Unit, format: Format) -> None:
+            for matrix in unit.matrices:
+                # a candidate that is not kept is quantized anew, from the reference
+                _restore([originals[matrix.name]])
+                write_weight(self.model, matrix, self.candidate(matrix, format))
+
+        try:
+            yield swap
+        finally:
+            _restore(list(originals.values()))
+
+    @contextmanager
     def preserved(self, unit: Unit) -> Iterator[None]:
         """Let the body overwrite a unit's weights, then restore them."""
         originals = [_saved(self.model, matrix) for matrix in unit.matrices]

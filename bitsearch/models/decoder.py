@@ -67,20 +67,30 @@ class Decoder:
         state: Tensor = output.last_hidden_state
         return state
 
-    def record(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The state entering each block, and the last hidden state."""
-        entering: list[Tensor] = []
+    def record(
+        self, tokens: Tensor, *, start: int = 0, entering: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The state entering each block from `start` on, and the last hidden state.
+
+        Args:
+            tokens: (batch, length) token ids.
+            start: first block to run.
+            entering: (batch, length, width) state entering that block; None
+                runs the embedding and all blocks.
+        """
+        states: list[Tensor] = [] if entering is None else [entering]
 
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            entering.append((args[0] if args else kwargs["hidden_states"]).detach())
+            states.append((args[0] if args else kwargs["hidden_states"]).detach())
 
-        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self.blocks]
+        seen = self.blocks if entering is None else self.blocks[start + 1 :]
+        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in seen]
         try:
-            last = self.hidden(tokens)
+            last = self.hidden(tokens, start=start, entering=entering)
         finally:
             for hook in hooks:
                 hook.remove()
-        return entering, last
+        return states, last
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, width) last hidden states -> (…, vocabulary) float32 logits."""

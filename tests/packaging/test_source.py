@@ -23,8 +23,18 @@ LAYERS = (
     {"solvers"},
     {"evaluate", "run", "settings", "tables"},
     {"plan", "recipes", "session"},
-    {"contenders", "diagnostics", "fronts", "judge", "record", "score", "search"},
-    {"catalogue", "check", "exporters", "report", "testing"},
+    {
+        "calibration_loss",
+        "contenders",
+        "diagnostics",
+        "fronts",
+        "interactions",
+        "judge",
+        "record",
+        "score",
+        "search",
+    },
+    {"catalogue", "check", "exporters", "report", "testing", "testing_measured"},
     {"__main__", "cli", "console", "printing"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
