@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from bitsearch.diagnostics import additivity, rank_correlation, sensitivity_spre
 from bitsearch.errors import UsageError
 from bitsearch.evaluate import Quality, interval, summary
 from bitsearch.fronts import save_front
+from bitsearch.interactions import interaction_terms
 from bitsearch.judge import Judge
 from bitsearch.objectives.estimators import load_estimator
 from bitsearch.policy import save_policy
@@ -133,6 +135,9 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     measured_seconds = time.monotonic() - started
 
     problem = replace(unscored, damage=damage)
+    if request.solver == "quadratic":
+        terms = interaction_terms(session, damage, partial(progress, "interactions"))
+        problem = replace(problem, pairs=terms)
     clock = time.monotonic()
     alone = len(budgets) == 1 and problem.distinct is None
     planner = (pareto_dp if alone else milp).solve if measured else solver

@@ -13,9 +13,9 @@ large enough (Hammer and Rubin, RAIRO 4, 1970). Then
    mixtures of candidates, and every s is a policy that keeps all budgets.
 2. The best of these policies are improved by changes of one unit and of two,
    whose effect follows from Qz, updated with each change.
-3. Where few products remain, the integer program of `linearised.py` decides.
 
-Without pair terms the exact additive solver answers.
+Where there are few products the integer program of `linearised.py` answers
+instead, and without pair terms the exact additive solver.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 
-from bitsearch.errors import OutOfResources, UsageError
+from bitsearch.errors import UsageError
 from bitsearch.solvers import milp, pareto_dp
 from bitsearch.solvers.budget import refuse, require_feasible
 from bitsearch.solvers.linearised import products, solve_linearised
@@ -36,7 +37,7 @@ MAX_CELLS = 12_000  # Q is dense: 1.2 GB
 MAX_STEPS = 200
 STARTS = 8
 NEIGHBOURS = 1024  # cells that changes of two units are drawn from
-LINEARISED = 1500  # products up to which the integer program takes seconds
+LINEARISED = 1000  # products up to which the integer program takes seconds
 _TOLERANCE = 1e-6
 
 Floats = NDArray[np.float64]
@@ -52,37 +53,37 @@ def solve(problem: Problem, *, seed: int = 0, time_limit: float = 30.0) -> Solut
 
     Raises:
         InfeasibleBudget: no choice fits.
-        UsageError: pair terms together with a limit on distinct candidates, or
-            too many candidates in all.
+        UsageError: a limit on distinct candidates, or too many pair terms.
+        OutOfResources: the integer program found nothing within the time limit.
     """
+    refuse(problem, "quadratic", "distinct")
     if problem.pairs is None:
         return _additive(problem, seed)
-    refuse(problem, "quadratic", "distinct")
     merged, member = merge_ties(problem)
     require_feasible(merged)
-    form = _formed(merged)
-    policies, bound = _relaxed(form, seed)
-    policies.sort(key=form.value)
+    if products(merged) <= LINEARISED:
+        choice, bound = solve_linearised(merged, 1e-9, time_limit)
+    else:
+        choice, bound = _searched(_formed(merged), seed)
+    total = problem.total_damage(choice[member])
+    return Solution(choice[member], total, min(bound, total))
+
+
+def _searched(form: _Form, seed: int) -> tuple[Choice, float]:
+    """The best of the policies that relaxations pass, improved, and the best bound."""
+    relaxed = [_relaxed(form, convex, seed) for convex in form.convex]
+    found = {policy.tobytes(): policy for policies, _ in relaxed for policy in policies}
+    policies = sorted(found.values(), key=form.value)
     rng = np.random.default_rng(seed)
     improved = [_improved(form, policy, rng) for policy in policies[:STARTS]]
-    best = min(improved, key=form.value)
-    if products(merged) <= LINEARISED and bound < form.value(best):
-        try:
-            exact, proved = solve_linearised(merged, 1e-9, time_limit)
-        except OutOfResources:  # out of time: the bound and the policy stand
-            exact, proved = form.choice(best), -np.inf
-        bound = max(bound, proved)
-        best = min(best, form.cells(exact), key=form.value)
-    choice = form.choice(best)[member]
-    total = problem.total_damage(choice)
-    return Solution(choice, total, min(bound, total))
+    return form.choice(min(improved, key=form.value)), max(bound for _, bound in relaxed)
 
 
 def _additive(problem: Problem, seed: int) -> Solution:
     """The exact answer without pair terms, by whichever solver takes the problem."""
     try:
         return pareto_dp.solve(problem, seed=seed)
-    except UsageError:  # several budgets, fractions, a limit on distinct candidates
+    except UsageError:  # several budgets, or fractions
         return milp.solve(problem, seed=seed)
 
 
@@ -95,8 +96,7 @@ class _Form:
         unit, candidate: (cells,) of each cell.
         linear: (cells,) d.
         q: (cells, cells), 0 within a unit.
-        convex: q with blocks within units and W, positive semidefinite.
-        tilted: (cells,) d − ½ diag(convex).
+        convex: (cells, cells) matrices to take for q in relaxations, see _convexities.
     """
 
     problem: Problem
@@ -104,8 +104,7 @@ class _Form:
     candidate: NDArray[np.int64]
     linear: Floats
     q: Floats
-    convex: Floats
-    tilted: Floats
+    convex: list[Floats]
 
     def value(self, cells: NDArray[np.int64]) -> float:
         """f of a policy given as its (units,) cells."""
@@ -143,40 +142,47 @@ def _formed(problem: Problem) -> _Form:
     whole = flat[np.ix_(at, at)].astype(np.float64)
     whole = (whole + whole.T) / 2
     linear = problem.damage[unit, candidate].astype(np.float64)
-    convex = _made_convex(whole)
     between = np.where(unit[:, None] != unit, whole, 0.0)
-    return _Form(problem, unit, candidate, linear, between, convex, linear - np.diag(convex) / 2)
+    convex = _convexities(whole, between, linear)
+    return _Form(problem, unit, candidate, linear, between, convex)
 
 
-def _made_convex(q: Floats) -> Floats:
-    """q plus a diagonal that makes it positive semidefinite, hardly more than needed.
+def _convexities(whole: Floats, between: Floats, damage: Floats) -> list[Floats]:
+    """Positive semidefinite matrices with the same values at policies, none always best.
 
-    The diagonal is a multiple of q's own, or of its row norms where that is 0.
+    One keeps the blocks within units, if there are any; one leaves them out.
     """
-    weight = np.diag(q).clip(min=0)
-    weight = np.where(weight > 0, weight, np.linalg.norm(q, axis=1))
-    weight = np.where(weight > 0, weight, max(1e-300, float(weight.max())))
+    norm = np.linalg.norm(between, axis=1)
+    ways = [_made_convex(between, np.sqrt(np.abs(damage) * norm))]
+    if np.any(whole != between):
+        own = np.diag(whole).clip(min=0)
+        ways.append(_made_convex(whole, np.where(own > 0, own, np.linalg.norm(whole, axis=1))))
+    return ways
+
+
+def _made_convex(q: Floats, weight: Floats) -> Floats:
+    """q plus the least multiple of a diagonal that makes it positive semidefinite."""
+    least = 1e-9 * float(weight.max()) or 1.0
+    weight = np.maximum(weight, least)
     root = np.sqrt(weight)
-    scaled = q / root[:, None] / root
-    enough = _TOLERANCE
-    try:
-        np.linalg.cholesky(scaled + enough * np.eye(len(q)))
-    except np.linalg.LinAlgError:
-        enough = _TOLERANCE - float(np.linalg.eigvalsh(scaled)[0])
-    return q + np.diag(enough * weight)
+    smallest = eigh(
+        q / root[:, None] / root, eigvals_only=True, subset_by_index=[0, 0], overwrite_a=True
+    )
+    return q + np.diag((_TOLERANCE - float(smallest[0])) * weight)
 
 
-def _relaxed(form: _Form, seed: int) -> tuple[list[NDArray[np.int64]], float]:
+def _relaxed(form: _Form, convex: Floats, seed: int) -> tuple[list[NDArray[np.int64]], float]:
     """Distinct feasible policies on the way to the best mixture, and the lower bound."""
+    tilted = form.linear - np.diag(convex) / 2
     start, additive_bound = form.cheapest(form.linear, seed)
     policies, weights = [start], [1.0]
-    images = [form.convex[:, start].sum(axis=1)]  # convex @ z of each policy
+    images = [convex[:, start].sum(axis=1)]  # convex @ z of each policy
     known = {start.tobytes(): 0}
     # without the pair terms that can help, the additive bound holds too
     bound = additive_bound if (form.q >= 0).all() else -np.inf
     for _ in range(MAX_STEPS):
         image = np.sum([w * i for w, i in zip(weights, images, strict=True) if w > 0], axis=0)
-        gradient = form.tilted + image
+        gradient = tilted + image
         at_policies = np.array([gradient[policy].sum() for policy in policies])
         slope = float(at_policies @ weights)
         value = slope - _mixed(image, policies, weights) / 2
@@ -189,7 +195,7 @@ def _relaxed(form: _Form, seed: int) -> tuple[list[NDArray[np.int64]], float]:
             known[key] = len(policies)
             policies.append(towards)
             weights.append(0.0)
-            images.append(form.convex[:, towards].sum(axis=1))
+            images.append(convex[:, towards].sum(axis=1))
             at_policies = np.append(at_policies, gradient[towards].sum())
         enter = known[key]
         leave = max(np.flatnonzero(weights), key=lambda i: at_policies[i])

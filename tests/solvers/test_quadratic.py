@@ -29,6 +29,7 @@ def small(seed):
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["local search", "integer program"])
 def test_brute_force(limit, monkeypatch):
     monkeypatch.setattr(quadratic, "LINEARISED", limit)
+    monkeypatch.setattr(quadratic, "MAX_STEPS", 30)
     missed = compared = 0
     for seed in range(40):
         problem = small(seed)
@@ -99,5 +100,6 @@ def test_what_it_cannot_take(monkeypatch):
     with pytest.raises(UsageError, match="distinct"):
         quadratic.solve(replace(problem, distinct=2))
     monkeypatch.setattr(quadratic, "MAX_CELLS", 11)
+    monkeypatch.setattr(quadratic, "LINEARISED", 0)
     with pytest.raises(UsageError, match="up to 11 candidates"):
         quadratic.solve(problem)
