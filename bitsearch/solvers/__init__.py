@@ -18,6 +18,7 @@ GROUP = "bitsearch.solvers"
 MEASURED: dict[str, str] = {
     "evolution": "bitsearch.solvers.evolution:solve",
     "nsga2": "bitsearch.solvers.nsga2:solve",
+    "amq": "bitsearch.solvers.amq:solve",
     "gp": "bitsearch.solvers.bayesian:gp",
     "tpe": "bitsearch.solvers.bayesian:tpe",
     "multipliers": "bitsearch.solvers.multipliers:gp",

@@ -24,9 +24,10 @@ from bitsearch.objectives.damage import (
     hessian_trace,
     noise_slope,
 )
+from bitsearch.objectives.damage.jsd_from_widest import divergence
 from bitsearch.objectives.estimators import load_estimator
 from bitsearch.recipes import load_recipe
-from bitsearch.solvers import load_solver
+from bitsearch.solvers import amq, load_solver
 from bitsearch.solvers.monotone import monotone
 from bitsearch.solvers.pareto_dp import front
 from bitsearch.solvers.problem import Problem
@@ -106,6 +107,52 @@ def test_hawq_v3(known: Known, monkeypatch: Patch) -> None:
     damage = table("hawq-v3", known("int4-row-sym,int8-row-sym", errors))
     assert damage == pytest.approx(np.array([[6.0, 0.0], [4.0, 0.0], [4.0, 0.0]]))
     assert chosen("hawq-v3", damage, [[3, 6], [2, 4], [2, 4]], 7 + 4) == [0, 1, 1]
+
+
+def test_amq() -> None:
+    """Scores 1, 1.2, 0.9, 2.5, 1 in the cheapest candidate: median 1, so above 2 only unit 3.
+
+    At 2, 3 and 4 bytes a unit the frozen one takes 4: 12 bytes at least, and the front
+    that NSGA-II starts from has unit 3 at its widest everywhere. With 11 bytes it is
+    released again, for nothing else fits.
+    """
+    recipe = load_recipe("amq")
+    assert (recipe.damage, recipe.solver) == ("jsd_from_widest", "amq")
+    low = np.array([1.0, 1.2, 0.9, 2.5, 1.0])
+    costs = np.broadcast_to(np.array([2, 3, 4]), (1, 5, 3))
+    damage = np.column_stack([low, low / 2, low / 4])
+    found = amq.frozen(Problem(damage, costs, np.array([14]))).damage
+    assert np.isinf(found).tolist() == [[False] * 3] * 3 + [[True, True, False]] + [[False] * 3]
+    assert not np.isinf(amq.frozen(Problem(damage, costs, np.array([11]))).damage).any()
+
+
+def test_amq_divergence() -> None:
+    """p = (1, 0), q = (½, ½), m = (¾, ¼): ½ ln(4/3) + ½ (½ ln(2/3) + ½ ln 2) = 0.2157616."""
+    log_p, log_q = torch.tensor([[1.0, 1e-30]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    assert float(divergence(log_p, log_q)) == pytest.approx(0.2157616, rel=1e-5)
+
+
+def test_evopress(monkeypatch: Patch) -> None:
+    """NMSE = ‖Δx‖²/‖Wx‖² seeds it, and the real loss decides.
+
+    Two units, one of which may be raised. The table says unit 0, the measured KL unit 1.
+    """
+    recipe = load_recipe("evopress")
+    assert recipe.damage == "relative_output_error"
+    problem = Problem(
+        np.array([[9.0, 0.0], [5.0, 0.0]]), np.array([[[1, 2], [1, 2]]]), np.array([3])
+    )
+
+    class Loss:
+        pieces, piece_tokens, spent = 4, 10, 0
+
+        def __call__(self, choices: Any, pieces: Any, base: Any = None) -> Any:
+            self.spent += self.piece_tokens * len(choices) * len(pieces)
+            kl = [1.0 if choice[1] == 0 else 0.5 if choice[0] == 0 else 0.1 for choice in choices]
+            return np.array(kl)[:, None].repeat(len(pieces), axis=1)
+
+    solver = load_solver(str(recipe.solver))
+    assert solver(problem, Loss(), tokens=2000, seed=0).choice.tolist() == [0, 1]
 
 
 def test_hawq_scores_no_negative_curvature(known: Known, monkeypatch: Patch) -> None:
