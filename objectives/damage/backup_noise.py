@@ -19,11 +19,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bitsearch.objectives.damage.scoring import Cell, Scoring, by_unit
+from bitsearch.objectives.damage.scoring import LOWEST, Cell, Scoring, by_unit
 from bitsearch.objectives.statistics import input_mean_squares
 
-# Below every score, but not the 0 of what no text has reached.
-_LOWEST = float(torch.finfo(torch.float32).tiny)
 _EPSILON = float(torch.finfo(torch.float32).eps)
 
 
@@ -50,7 +48,7 @@ def hessian_input_activation(
     for unit, candidates in by_unit(cells):
         scored = scoring.units[unit]
         mean = means.get(scored.matrices[0].name)
-        score = _LOWEST
+        score = LOWEST
         if scored.kind != "embedding" and mean is not None:
             errors = (scoring.error(m, widest) for m in scored.matrices)
             norm = sum(float(error.square_().sum()) for error in errors) ** 0.5

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from bitsearch.objectives.damage.gradients import differentiable, oriented
-from bitsearch.objectives.damage.scoring import Cell, Scoring, by_unit
-
-# Where moving up would not help: above the 0 of what no text has reached.
-_LOWEST = float(torch.finfo(torch.float32).tiny)
+from bitsearch.objectives.damage.scoring import LOWEST, Cell, Scoring, by_unit
 
 
 def gradient_alignment(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int, int, float]]:
@@ -42,7 +39,7 @@ def gradient_alignment(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tupl
                 )
                 for m, top in zip(matrices, tops, strict=True)
             )
-            floor = _LOWEST if reached and candidate != high else 0.0
+            floor = LOWEST if reached and candidate != high else 0.0
             yield unit, candidate, max(floor, 1e6 * aligned / scoring.units[unit].parameters)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitsearch.objectives.damage.gradients import differentiable, next_token_loss
-from bitsearch.objectives.damage.scoring import Cell, Scoring, by_unit
+from bitsearch.objectives.damage.scoring import LOWEST, Cell, Scoring, by_unit
 
 WINDOWS = 4  # as many as are differentiated together
 ITERATIONS = 50
@@ -34,9 +34,9 @@ Vectors = list[Tensor]
 
 
 def hessian_eigenvalue(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int, int, float]]:
-    """Bound on the second-order damage from the top eigenvalue; 0 where that is negative."""
+    """Bound on the second-order damage from the top eigenvalue; the least if that is negative."""
     for unit, candidates in by_unit(cells):
-        half = 0.5 * max(0.0, top_eigenvalue(scoring, unit))
+        half = 0.5 * _not_negative(top_eigenvalue(scoring, unit))
         for candidate in candidates:
             matrices = scoring.units[unit].matrices
             error = sum(float(scoring.error(m, candidate).square_().sum()) for m in matrices)
@@ -48,9 +48,14 @@ def hessian_eigenvalue_ranking(
 ) -> Iterator[tuple[int, int, float]]:
     """Top eigenvalue a weight, falling by 4 a bit: ranks units, knows nothing of their errors."""
     for unit, candidates in by_unit(cells):
-        sensitivity = max(0.0, top_eigenvalue(scoring, unit)) / scoring.units[unit].parameters
+        sensitivity = _not_negative(top_eigenvalue(scoring, unit))
+        sensitivity /= scoring.units[unit].parameters
         for candidate in candidates:
             yield unit, candidate, sensitivity * 4.0 ** -scoring.candidates[candidate].bits
+
+
+def _not_negative(eigenvalue: float) -> float:
+    return max(LOWEST, eigenvalue) if eigenvalue else 0.0
 
 
 def top_eigenvalue(scoring: Scoring, index: int) -> float:

@@ -16,17 +16,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitsearch.objectives.damage.gradients import differentiable, next_token_loss
-from bitsearch.objectives.damage.scoring import Cell, Scoring, by_unit
+from bitsearch.objectives.damage.scoring import LOWEST, Cell, Scoring, by_unit
 
 DRAWS = 32  # at least; every window takes part equally often
 
 
 def hessian_trace(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int, int, float]]:
-    """Second-order damage from the mean curvature of the unit; 0 where it is negative."""
+    """Second-order damage from the mean curvature of the unit; the least where it is negative."""
     windows = len(scoring.tokens)
     traces = hutchinson(scoring, draws=-(-DRAWS // windows) * windows)
     for unit, candidates in by_unit(cells):
-        mean_curvature = max(0.0, traces[unit]) / scoring.units[unit].parameters
+        curvature = max(LOWEST, traces[unit]) if traces[unit] else 0.0
+        mean_curvature = curvature / scoring.units[unit].parameters
         for candidate in candidates:
             matrices = scoring.units[unit].matrices
             error = sum(float(scoring.error(m, candidate).square_().sum()) for m in matrices)

@@ -17,6 +17,9 @@ from bitsearch.units import Matrix, Unit
 
 Cell = tuple[int, int]
 
+# The least damage of a unit that text has reached: a row of zeros says that none has.
+LOWEST = float(torch.finfo(torch.float32).tiny)
+
 
 @dataclass(frozen=True, slots=True)
 class Scoring:

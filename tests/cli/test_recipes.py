@@ -53,6 +53,15 @@ def test_command_line_overrides_a_named_recipe(cli: Any, place: Any) -> None:
     assert "recipe hawq-v3: HAWQ-V3 (2021); changed: candidates, damage" in shown
 
 
+@pytest.mark.parametrize("name", ["amq", "evopress"])
+def test_recipes_that_search_on_the_real_loss(name: str, cli: Any, place: Any) -> None:
+    more = ("--recipe", name, "--budget", "4.5bpw", "--candidates", "int{2,3,4}-g16")
+    found = cli(*arguments(place, *more, "--tokens", "200", "--json")).json
+    assert found["recipe"]["overridden"] == ["candidates"]
+    assert found["bpw"] <= 4.5 and found["solver"]["gap"] is None
+    assert (place.run / "losses.journal").exists()
+
+
 def test_recipes_are_listed(cli: Any) -> None:
     rows = {row["name"]: row for row in cli("list", "recipes", "--json").json}
     assert rows["hawq-v3"]["solver"] == "milp" and "ICML" in rows["hawq-v3"]["source"]

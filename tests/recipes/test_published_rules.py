@@ -155,9 +155,12 @@ def test_evopress(monkeypatch: Patch) -> None:
     assert solver(problem, Loss(), tokens=2000, seed=0).choice.tolist() == [0, 1]
 
 
-def test_hawq_scores_no_negative_curvature(known: Known, monkeypatch: Patch) -> None:
-    traces(monkeypatch, -3.0)
-    assert table("hawq-v3", known("int4-row-sym,int8-row-sym", {"a": [[1.0], [0.0]]})).max() == 0
+def test_hawq_scores_negative_curvature_lowest(known: Known, monkeypatch: Patch) -> None:
+    """Not 0: a unit whose row is 0 counts as one that no text has reached."""
+    traces(monkeypatch, -3.0, 0.0)
+    errors = {"a": [[1.0], [0.0]], "b": [[1.0], [0.0]]}
+    damage = table("hawq-v3", known("int4-row-sym,int8-row-sym", errors))
+    assert 0 < damage[0, 0] < 1e-30 and damage[1, 0] == 0
 
 
 @pytest.mark.parametrize("name", ["zeroq", "modelopt-autoquantize-kl"])
