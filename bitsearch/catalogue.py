@@ -66,16 +66,24 @@ def _quantizers() -> Rows:
 
 
 def _formats() -> Rows:
-    from bitsearch.formats import INT_BITS, parse_format
+    from bitsearch.formats import parse_format
+    from bitsearch.formats.integer import INT_BITS
+    from bitsearch.formats.levels import TABLES
 
-    rows = []
-    for bits in INT_BITS:
-        for group in ("g32", "g64", "g128", "row"):
-            for symmetric in ("", "-sym"):
-                format = parse_format(f"int{bits}-{group}{symmetric}")
-                bpw = 8 * format.bytes(4096, 4096) / 4096**2
-                rows.append({"name": format.name, "about": f"{bpw:.4f} bpw at 4096 × 4096"})
-    return [*rows, *({"name": name, "about": "16 bpw"} for name in ("bf16", "fp16"))]
+    names = [
+        f"int{bits}-{group}{symmetric}"
+        for bits in INT_BITS
+        for group in ("g32", "g64", "g128", "row")
+        for symmetric in ("", "-sym")
+    ]
+    for kind, table in TABLES.items():
+        free = not table.block and table.scale == "float16"
+        names += [f"{kind}-g32", f"{kind}-g64", f"{kind}-g128"] if free else [kind]
+    formats = [parse_format(name) for name in (*names, "bf16", "fp16")]
+    return [
+        {"name": f.name, "about": f"{8 * f.bytes(4096, 4096) / 4096**2:.4f} bpw at 4096 × 4096"}
+        for f in formats
+    ]
 
 
 def _models() -> Rows:

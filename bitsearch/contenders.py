@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsearch.errors import InfeasibleBudget
-from bitsearch.formats import Format
 from bitsearch.solvers import controls
 from bitsearch.solvers.pareto_dp import Front
 from bitsearch.solvers.problem import Choice, Problem, Solver
@@ -133,19 +132,15 @@ def additive(problem: Problem) -> Problem:
 
 
 def _families(space: Space) -> dict[str, list[int]]:
-    """Columns of integer formats by group size and symmetry, narrowest first."""
+    """Columns of formats that differ in width alone, narrowest first."""
     families: dict[str, list[int]] = {}
     for column, format in enumerate(space.candidates):
-        if format.kind == "int":
-            families.setdefault(_family(format), []).append(column)
+        if not format.exact:
+            families.setdefault(format.family, []).append(column)
     return {
         name: sorted(columns, key=lambda c: space.candidates[c].bits)
         for name, columns in families.items()
     }
-
-
-def _family(format: Format) -> str:
-    return format.name.partition("-")[2]
 
 
 def _depth(space: Space) -> NDArray[np.int64]:

@@ -46,7 +46,7 @@ class PolicyModel(_Strict):
 class PolicyFormat(_Strict):
     """A format, declared once and referenced by name."""
 
-    kind: Literal["int", "bf16", "fp16"]
+    kind: str
     bits: int = Field(ge=2, le=16)
     group_size: Size | None = None
     symmetric: bool

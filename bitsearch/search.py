@@ -230,7 +230,7 @@ def _measured(
 
 def _never_reached(damage: NDArray[np.float64], session: Session) -> NDArray[np.float64]:
     """Score as worst what calibration text never reached: no damage was seen, none is known."""
-    lossy = np.array([candidate.kind == "int" for candidate in session.space.candidates])
+    lossy = np.array([not candidate.exact for candidate in session.space.candidates])
     known = session.space.allowed & lossy
     silent = ((damage == 0) | ~known).all(axis=1) & known.any(axis=1)
     if not silent.any() or silent.all():

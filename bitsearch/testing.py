@@ -114,7 +114,7 @@ def model_like_problem(
     sensitivity = np.exp(rng.normal(0, spread, len(shapes))) * weights / weights.mean()
     law = 4.0 ** (-8 * costs / weights[:, None])
     damage = sensitivity[:, None] * law * np.exp(rng.normal(0, noise, costs.shape))
-    damage[:, [f.kind != "int" for f in candidates]] = 0.0
+    damage[:, [f.exact for f in candidates]] = 0.0
     return Problem(damage, costs[None], np.array([int(bits * weights.sum()) // 8]))
 
 

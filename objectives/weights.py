@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from bitsearch.errors import BadInput
 from bitsearch.formats import Format
 from bitsearch.models.weights import read_weight, write_weight
-from bitsearch.quantizers.quantized import Quantized
+from bitsearch.quantizers.codec import Encoded
 from bitsearch.units import Matrix, Unit
 
-Quantizer = Callable[..., Quantized]
+Quantizer = Callable[..., Encoded]
 
 
 class CandidateWeights:
@@ -26,7 +26,7 @@ class CandidateWeights:
 
     Args:
         model: the model; outside of `applied` it holds its reference weights.
-        quantizer: (weight, format, importance) -> Quantized.
+        quantizer: (weight, format, importance) -> Encoded.
         importance: mean square of each input column, (in,), by matrix name.
         cache_bytes: most bytes of codes to keep.
     """
@@ -41,7 +41,7 @@ class CandidateWeights:
         self.model = model
         self._quantizer = quantizer
         self._importance = importance
-        self._cache: OrderedDict[tuple[str, Format], Quantized] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, Format], Encoded] = OrderedDict()
         self._room = cache_bytes
 
     def reference(self, matrix: Matrix) -> Tensor:
@@ -54,13 +54,13 @@ class CandidateWeights:
         The model must hold its reference weights, or `applied` must have
         quantized the matrix before.
         """
-        if format.kind != "int":
+        if format.exact:
             dtype = torch.bfloat16 if format.kind == "bf16" else torch.float16
             return self.reference(matrix).to(dtype).float()
         return self.quantized(matrix, format).dequantize()
 
-    def quantized(self, matrix: Matrix, format: Format) -> Quantized:
-        """Codes and scales of a matrix in an integer format."""
+    def quantized(self, matrix: Matrix, format: Format) -> Encoded:
+        """Codes and scales of a matrix in a format that is not exact."""
         key = (matrix.name, format)
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -70,9 +70,9 @@ class CandidateWeights:
             raise BadInput(f"{matrix.name} holds NaN or infinite weights; repair the checkpoint")
         found = self._quantizer(weight, format, self._importance.get(matrix.name))
         self._cache[key] = found
-        self._room -= _bytes(found)
+        self._room -= found.nbytes
         while self._room < 0 and len(self._cache) > 1:
-            self._room += _bytes(self._cache.popitem(last=False)[1])
+            self._room += self._cache.popitem(last=False)[1].nbytes
         return found
 
     @contextmanager
@@ -129,7 +129,3 @@ def _restore(originals: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     # Backwards, so that a parameter written twice gets its first value back.
     for parameter, original in reversed(originals):
         parameter.copy_(original)
-
-
-def _bytes(quantized: Quantized) -> int:
-    return quantized.codes.nbytes + quantized.scales.nbytes + quantized.zeros.nbytes

@@ -33,6 +33,11 @@ class Quantized:
     scales: Tensor
     zeros: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the unpacked tensors."""
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
     def dequantize(self) -> Tensor:
         """(out, in) float32: scale · (code − zero)."""
         columns = self.codes.shape[1]

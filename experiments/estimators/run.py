@@ -59,7 +59,7 @@ def compare(session: Session, random: int) -> dict[str, Any]:
         tables[name] = measure(session, name, lambda stage, done, total: None)
         seconds[name] = round(time.monotonic() - started, 1)
     measured = tables["kl"]
-    lossy = [c for c, format in enumerate(session.space.candidates) if format.kind == "int"]
+    lossy = [c for c, format in enumerate(session.space.candidates) if not format.exact]
     cells = {
         name: rank_correlation(
             table[:, lossy].ravel().tolist(), measured[:, lossy].ravel().tolist()

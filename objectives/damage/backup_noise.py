@@ -59,7 +59,7 @@ def hessian_input_activation(
 def _widest(scoring: Scoring) -> int:
     """The integer candidate of most bits, the first of several; without integers the widest."""
     formats = scoring.candidates
-    return max(range(len(formats)), key=lambda c: (formats[c].kind == "int", formats[c].bits, -c))
+    return max(range(len(formats)), key=lambda c: (not formats[c].exact, formats[c].bits, -c))
 
 
 def _shares(

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from bitsearch.budget import check_feasible, parse_budget, resources
 from bitsearch.errors import InfeasibleBudget, UsageError
-from bitsearch.formats import Format, parse_formats
+from bitsearch.formats import parse_formats
+from bitsearch.formats.integer import IntFormat
 from bitsearch.solvers import MEASURED, SOLVERS, load_solver
 from bitsearch.solvers.problem import Problem
 from bitsearch.space import Space, make_space
 from bitsearch.units import Matrix, ModelLayout, Unit
 
 FORMATS = [
-    Format("int", bits, group, symmetric)
+    IntFormat("int", bits, group, symmetric)
     for bits in (2, 3, 4, 8)
     for group in (None, 16, 100)
     for symmetric in (False, True)

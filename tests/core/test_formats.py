@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from bitsearch.errors import UsageError
 from bitsearch.formats import BF16, FP16, Format, parse_format, parse_formats
+from bitsearch.formats.integer import IntFormat
 from bitsearch.quantizers.quantized import Quantized, pack_rows, unpack, unpack_rows
 
 ints = st.builds(
-    Format,
+    IntFormat,
     kind=st.just("int"),
     bits=st.integers(2, 8),
     group_size=st.none() | st.integers(1, 300),
@@ -50,7 +51,8 @@ def test_lists_expand(text: str, names: str) -> None:
     "text",
     [
         "int1-g64", "int9-g64", "int04-g64", "int4", "int4-g0", "int4-g", "int4-g064",
-        "int4-64", "int4-g64-asym", "INT4-g64", "bf16-g64", "int٤-g64", "nf4-g64", "",
+        "int4-64", "int4-g64-asym", "INT4-g64", "bf16-g64", "int٤-g64", "nf4-row-g64", "nf5-g64",
+        "mxfp4-g32", "",
         "int4-g64 int3-g64", f"int4-g{'9' * 5000}",
     ],
 )  # fmt: skip

@@ -1,0 +1,67 @@
+"""Candidate formats: parse, print, and the exact bytes of any shape.
+
+A format is written as it appears in a policy: `int4-g128`, `int3-g64-sym`, `nf4-g64`,
+`fp8`, `mxfp4`, `nvfp4`, `bf16`. Each family is one file here, and one in
+`bitsearch.quantizers` that rounds weights into it. Bytes are those of bitsearch's own
+packed layout, which the file describes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from bitsearch.errors import UsageError
+from bitsearch.formats import integer, levels, sixteen
+from bitsearch.formats.base import Format
+from bitsearch.formats.sixteen import BF16, FP16
+
+_PARSERS = (integer.parse, sixteen.parse, levels.parse)
+
+
+def parse_format(name: str) -> Format:
+    """Read a format from its short form.
+
+    Raises:
+        UsageError: the name is not one of a known format.
+    """
+    for parse in _PARSERS:
+        if (found := parse(name)) is not None:
+            return found
+    raise UsageError(
+        f"unknown format '{name}': write int2..int8 with a group size, such as int4-g128, "
+        "int3-g64-sym or int8-row, bf16 or fp16; or see `bitsearch list formats`"
+    )
+
+
+def parse_formats(text: str) -> tuple[Format, ...]:
+    """Read a comma-separated list; `int{3,4,5}-g64` and `int3..8-g64` expand.
+
+    Raises:
+        UsageError: a name is unknown or given twice.
+    """
+    # Commas inside braces do not separate.
+    parts = [part.strip() for part in re.split(r",(?![^{}]*\})", text)]
+    formats = tuple(parse_format(name) for part in parts if part for name in _expand(part))
+    if not formats:
+        raise UsageError("no candidate format given, such as int3..8-g64,bf16")
+    if len(set(formats)) != len(formats):
+        raise UsageError(f"a candidate format is given twice in '{text}'")
+    return formats
+
+
+def _expand(name: str) -> list[str]:
+    """The names that braces and a range of widths stand for."""
+    if braces := re.fullmatch(r"([^{}]*)\{([^{}]*)\}(.*)", name):
+        choices = braces[2].split(",")
+        return [
+            expanded
+            for choice in choices
+            for expanded in _expand(f"{braces[1]}{choice.strip()}{braces[3]}")
+        ]
+    span = re.fullmatch(r"int([2-8])\.\.([2-8])(-.*)", name)
+    if span and span[1] <= span[2]:
+        return [f"int{bits}{span[3]}" for bits in range(int(span[1]), int(span[2]) + 1)]
+    return [name]
+
+
+__all__ = ["BF16", "FP16", "Format", "parse_format", "parse_formats"]

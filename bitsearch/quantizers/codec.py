@@ -1,0 +1,61 @@
+"""The codec of each format: how weights become codes, and codes bytes.
+
+Other packages add theirs under the entry-point group `bitsearch.codecs`, by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from bitsearch import registry
+from bitsearch.formats import Format
+from bitsearch.formats.levels import TABLES
+
+GROUP = "bitsearch.codecs"
+
+CODECS = {
+    "int": "bitsearch.quantizers.integer:CODEC",
+    **dict.fromkeys(TABLES, "bitsearch.quantizers.levelled:CODEC"),
+}
+
+
+class Encoded(Protocol):
+    """A quantized (out, in) matrix."""
+
+    @property
+    def format(self) -> Format:
+        """What it is encoded in."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes here; `Format.bytes` is what it takes on disk."""
+
+    def dequantize(self) -> Tensor:
+        """(out, in) float32 values, exactly those that the packed tensors decode to."""
+
+    def pack(self) -> dict[str, Tensor]:
+        """The tensors as they are stored; their bytes sum to `Format.bytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """What a file of this package offers for one family of formats.
+
+    Attributes:
+        round_to_nearest: (weight, format, importance) -> encoded matrix; see
+            `bitsearch.quantizers.rtn.quantize`.
+        unpack: (packed tensors, format, input columns) -> encoded matrix, the
+            inverse of `Encoded.pack`.
+    """
+
+    round_to_nearest: Callable[[Tensor, Any, Tensor | None], Encoded]
+    unpack: Callable[[dict[str, Tensor], Any, int], Encoded]
+
+
+def codec_of(format: Format) -> Codec:
+    """The codec of a format."""
+    return cast(Codec, registry.load(GROUP, CODECS, format.kind))
