@@ -8,6 +8,7 @@ import pytest
 from bitsearch.errors import InfeasibleBudget, UsageError
 from bitsearch.solvers import quadratic
 from bitsearch.solvers.problem import Problem
+from bitsearch.solvers.ties import merge_ties
 from bitsearch.testing import exhaustive, model_like_problem, random_pairs, random_problem
 
 
@@ -46,6 +47,12 @@ def test_brute_force(limit, monkeypatch):
         missed += solution.damage > best + 1e-9 * max(1, abs(best))
         if limit:
             assert solution.gap < 1e-8
+            continue
+        # before it is cut to the damage found, which would hide a bound too high
+        form = quadratic._formed(merge_ties(problem)[0])
+        for convex in form.convex:
+            assert np.linalg.eigvalsh(convex)[0] > -1e-9 * np.abs(convex).max()
+            assert quadratic._relaxed(form, convex, 0)[1] <= best + 1e-9
     assert compared > 30
     assert missed <= (0 if limit else 2)
 
