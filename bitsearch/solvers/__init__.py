@@ -23,6 +23,7 @@ MEASURED: dict[str, str] = {
     "tpe": "bitsearch.solvers.bayesian:tpe",
     "multipliers": "bitsearch.solvers.multipliers:gp",
     "multipliers_tpe": "bitsearch.solvers.multipliers:tpe",
+    "surrogate": "bitsearch.solvers.surrogate:solve",
     "random": "bitsearch.solvers.random_search:solve",
 }
 

@@ -25,11 +25,17 @@ from optuna.trial import Trial
 from bitsearch.solvers import pareto_dp
 from bitsearch.solvers.greedy import upgrade
 from bitsearch.solvers.ladders import Ladders, Levels, make_ladders
-from bitsearch.solvers.measured import Loss, StudyPlace, Traits, measured_solution, no_traits
+from bitsearch.solvers.measured import (
+    Loss,
+    StudyPlace,
+    Traits,
+    coarse_units,
+    measured_solution,
+    no_traits,
+)
 from bitsearch.solvers.problem import Choice, Problem, Solution
 from bitsearch.solvers.study import minimise
 
-DEPTHS = 3
 LEAST_KL = 1e-12
 
 
@@ -94,7 +100,7 @@ def _solve(
     study: StudyPlace | None,
 ) -> Solution:
     ladders = make_ladders(problem, "bayesian")
-    group = coarse_units(ladders, traits or no_traits(len(problem.damage)))
+    group = coarse_units(ladders.member, traits or no_traits(len(problem.damage)))
     groups = int(group.max()) + 1
 
     def propose(trial: Trial) -> Choice:
@@ -112,16 +118,6 @@ def _solve(
         first=[_exact(ladders, group)],
     )
     return measured_solution(problem, min(archive, key=lambda point: point[1])[0])
-
-
-def coarse_units(ladders: Ladders, traits: Traits) -> NDArray[np.int64]:
-    """(merged units,) coarse unit of each: its kind, and its third of depth."""
-    third = np.minimum((traits.depth * DEPTHS).astype(np.int64), DEPTHS - 1)
-    # a merged unit is known by the first of its members
-    first = np.unique(ladders.member, return_index=True)[1]
-    labels = np.stack([traits.kind, third])[:, first]
-    group: NDArray[np.int64] = np.unique(labels, axis=1, return_inverse=True)[1].ravel()
-    return group
 
 
 def _exact(ladders: Ladders, group: NDArray[np.int64]) -> dict[str, Any]:

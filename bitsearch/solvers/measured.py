@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from bitsearch.solvers.problem import Choice, Problem, Solution
 
+DEPTHS = 3  # parts of depth that coarse units are made of
+
 
 class Loss(Protocol):
     """Measures policies on calibration text, which is cut into pieces of equal length."""
@@ -142,6 +144,24 @@ def refuse_early(solver: MeasuredSolver, problem: Problem) -> None:
 def no_traits(units: int) -> Traits:
     """All units of one kind, evenly spread over depth."""
     return Traits(np.zeros(units, np.int64), np.linspace(0, 1, units))
+
+
+def coarse_units(member: NDArray[np.int64], traits: Traits) -> NDArray[np.int64]:
+    """Coarse units: those of one kind in one part of depth.
+
+    Args:
+        member: (units,) merged unit of each, as `merge_ties` gives it.
+        traits: of the units before merging.
+
+    Returns:
+        (merged units,) coarse unit of each, numbered from 0.
+    """
+    part = np.minimum((traits.depth * DEPTHS).astype(np.int64), DEPTHS - 1)
+    # a merged unit is known by the first of its members
+    first = np.unique(member, return_index=True)[1]
+    labels = np.stack([traits.kind, part])[:, first]
+    group: NDArray[np.int64] = np.unique(labels, axis=1, return_inverse=True)[1].ravel()
+    return group
 
 
 def measured_solution(problem: Problem, choice: Choice) -> Solution:

@@ -10,7 +10,8 @@ again, to the same policy, by the next worker of that name.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +28,10 @@ from bitsearch.solvers.problem import Choice
 
 Propose = Callable[[Trial], Choice]
 _CHOICE, _WORKER, _KL = "choice", "worker", "kl"
-OPENINGS = 4
+OPENINGS = 20
+# Workers that open a new database together get in each other's way: one makes its
+# tables, the others find them there already, or half made (a RuntimeError).
+_COLLISIONS = ("already exists", "duplicate key", "UNIQUE constraint")
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -111,17 +115,29 @@ def minimise(
     Returns:
         Distinct policies with their mean KL, in order of trials.
     """
-    storage = None if place is None else _open(place)
-    study = optuna.create_study(
-        storage=storage,
-        study_name=None if place is None else place.name,
-        load_if_exists=True,
-        sampler=SeededByTrial(sampler, seed),
-        directions=["minimize"] * objectives,
-    )
-    for parameters in first:
-        study.enqueue_trial(dict(parameters), skip_if_exists=True)
-    worker = "" if place is None else place.worker
+    with _opened(place) as storage:
+        study = optuna.create_study(
+            storage=storage,
+            study_name=None if place is None else place.name,
+            load_if_exists=True,
+            sampler=SeededByTrial(sampler, seed),
+            directions=["minimize"] * objectives,
+        )
+        for parameters in first:
+            study.enqueue_trial(dict(parameters), skip_if_exists=True)
+        worker = "" if place is None else place.worker
+        return _worked(study, worker, propose, loss, tokens, values)
+
+
+def _worked(
+    study: Study,
+    worker: str,
+    propose: Propose,
+    loss: Loss,
+    tokens: int,
+    values: Callable[[Choice, float], Sequence[float]],
+) -> list[tuple[Choice, float]]:
+    """Add trials to a study until its tokens are spent: see `minimise`."""
     once = loss.pieces * loss.piece_tokens
     while True:
         trials = study.get_trials(deepcopy=False)
@@ -151,6 +167,20 @@ def _left_behind(study: Study, trials: Sequence[FrozenTrial], worker: str) -> Tr
     return None
 
 
+@contextmanager
+def _opened(place: StudyPlace | None) -> Iterator[optuna.storages.RDBStorage | None]:
+    """The database of a study; None, in memory, without a place."""
+    if place is None:
+        yield None
+        return
+    storage = _open(place)
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def _open(place: StudyPlace) -> optuna.storages.RDBStorage:
     """The database of a study.
 
@@ -175,11 +205,12 @@ def _open(place: StudyPlace) -> optuna.storages.RDBStorage:
                 f"storage {shown} needs a driver: {error}; "
                 "for PostgreSQL install bitsearch[postgres]"
             ) from error
-        # Drivers raise what they like. Workers that open a new database together
-        # collide in making its tables: all but one have to try again.
-        except Exception as error:
-            if attempt == OPENINGS - 1:
+        except Exception as error:  # drivers raise what they like
+            collided = isinstance(error, RuntimeError) or any(
+                words in str(error) for words in _COLLISIONS
+            )
+            if not collided or attempt == OPENINGS - 1:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise BadInput(f"study storage {shown} cannot be opened: {reason[0]}") from error
-            time.sleep(0.2 * (attempt + 1))
+            time.sleep(0.5)
     raise AssertionError

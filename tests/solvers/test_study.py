@@ -67,10 +67,19 @@ def place_at(folder: Path, worker: str = "one") -> StudyPlace:
     return StudyPlace(f"sqlite:///{folder / 'study.db'}", "study", worker)
 
 
+def trials_of(place: StudyPlace) -> list[Any]:
+    """Every trial of a study."""
+    storage = optuna.storages.RDBStorage(place.storage)
+    try:
+        return list(optuna.load_study(study_name=place.name, storage=storage).trials)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def history(place: StudyPlace) -> list[tuple[Any, Any, Any]]:
     """Everything that a study says of its trials, but for times."""
-    study = optuna.load_study(study_name=place.name, storage=place.storage)
-    return [(t.params, t.values, t.user_attrs["choice"]) for t in study.trials]
+    return [(t.params, t.values, t.user_attrs["choice"]) for t in trials_of(place)]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
@@ -122,11 +131,12 @@ def test_another_worker_leaves_running_trials_alone(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         solve("tpe", Counting(make_problem(), 2, stop), place_at(tmp_path, "one"), 6)
     solve("tpe", Counting(make_problem()), place_at(tmp_path, "two"), 6)
-    study = optuna.load_study(study_name="study", storage=place_at(tmp_path).storage)
-    running = [t for t in study.trials if t.state == optuna.trial.TrialState.RUNNING]
+    running = [
+        t for t in trials_of(place_at(tmp_path)) if t.state == optuna.trial.TrialState.RUNNING
+    ]
     assert [trial.user_attrs["worker"] for trial in running] == ["one"]
     solve("tpe", Counting(make_problem()), place_at(tmp_path, "one"), 8)
-    trials = optuna.load_study(study_name="study", storage=place_at(tmp_path).storage).trials
+    trials = trials_of(place_at(tmp_path))
     assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
 
 
@@ -163,9 +173,9 @@ def share(places: list[StudyPlace], passes: int) -> list[Any]:
     """Let a process work on each place at once; the trials of the common study."""
     processes = [start("tpe", place, passes) for place in places]
     assert [process.wait(300) for process in processes] == [0] * len(places)
-    trials = optuna.load_study(study_name="study", storage=places[0].storage).trials
+    trials = trials_of(places[0])
     assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
-    return list(trials)
+    return trials
 
 
 @pytest.mark.slow
