@@ -223,6 +223,8 @@ def _improved(form: _Form, cells: NDArray[np.int64], rng: np.random.Generator) -
     costs = problem.costs[:, form.unit, form.candidate]
     cells = cells.copy()
     image = form.q[:, cells].sum(axis=1)
+    # rounding of the updates must not pass for a gain, lest changes go in circles
+    noise = 1e-12 * max(float(np.abs(form.linear).max()), float(np.abs(form.q).max()))
     idle = 0
     while idle < 2:
         here = cells[form.unit]  # the chosen cell of each cell's unit
@@ -240,7 +242,7 @@ def _improved(form: _Form, cells: NDArray[np.int64], rng: np.random.Generator) -
         if both.min() < least:
             moved = drawn[list(np.unravel_index(int(both.argmin()), both.shape))].tolist()
             least = float(both.min())
-        if not least < -1e-12 * abs(form.value(cells)):
+        if not least < -noise:
             idle += 1 if len(drawn) < len(gain) else 2
             continue
         idle = 0
