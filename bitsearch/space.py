@@ -84,14 +84,18 @@ def make_space(
             match counts. The format need not be among the candidates.
 
     Raises:
-        UsageError: a pattern matches no unit, or a format is unknown.
+        UsageError: a pattern matches no unit, a format is unknown, or a unit is left
+            without a format that can store its rows.
     """
     fixed = [(pattern, parse_format(name)) for pattern, name in (frozen or {}).items()]
     columns = list(candidates) + [
         f for f in dict.fromkeys(f for _, f in fixed) if f not in candidates
     ]
     allowed = np.zeros((len(layout.units), len(columns)), dtype=bool)
-    allowed[:, : len(candidates)] = True
+    stored = np.array(
+        [[all(f.fits(m.in_features) for m in u.matrices) for f in columns] for u in layout.units]
+    )
+    allowed[:, : len(candidates)] = stored[:, : len(candidates)]
     for pattern, format in fixed:
         rows = [i for i, unit in enumerate(layout.units) if fnmatchcase(unit.name, pattern)]
         if not rows:
@@ -100,4 +104,11 @@ def make_space(
             )
         allowed[rows] = False
         allowed[rows, columns.index(format)] = True
+    allowed &= stored
+    if not allowed.any(axis=1).all():
+        unit = layout.units[int(np.flatnonzero(~allowed.any(axis=1))[0])]
+        raise UsageError(
+            f"{unit.name} has rows of {unit.matrices[0].in_features} weights, which no format "
+            "given to it can store in whole blocks; add bf16 or an integer format"
+        )
     return Space(layout, tuple(columns), allowed)

@@ -1,7 +1,7 @@
 """Candidate formats: parse, print, and the exact bytes of any shape.
 
 A format is written as it appears in a policy: `int4-g128`, `int3-g64-sym`, `nf4-g64`,
-`fp8`, `mxfp4`, `nvfp4`, `bf16`. Each family is one file here, and one in
+`fp8`, `mxfp4`, `nvfp4`, `gguf-q4_k`, `bf16`. Each family is one file here, and one in
 `bitsearch.quantizers` that rounds weights into it. Bytes are those of bitsearch's own
 packed layout, which the file describes.
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 
 from bitsearch.errors import UsageError
-from bitsearch.formats import integer, levels, sixteen
+from bitsearch.formats import gguf, integer, levels, sixteen
 from bitsearch.formats.base import Format
 from bitsearch.formats.sixteen import BF16, FP16
 
-_PARSERS = (integer.parse, sixteen.parse, levels.parse)
+_PARSERS = (integer.parse, sixteen.parse, levels.parse, gguf.parse)
 
 
 def parse_format(name: str) -> Format:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitsearch import registry
 from bitsearch.formats import Format
+from bitsearch.formats.gguf import BLOCKS
 from bitsearch.formats.levels import TABLES
 
 GROUP = "bitsearch.codecs"
@@ -20,6 +21,7 @@ GROUP = "bitsearch.codecs"
 CODECS = {
     "int": "bitsearch.quantizers.integer:CODEC",
     **dict.fromkeys(TABLES, "bitsearch.quantizers.levelled:CODEC"),
+    **dict.fromkeys(BLOCKS, "bitsearch.quantizers.gguf_blocks:CODEC"),
 }
 
 

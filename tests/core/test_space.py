@@ -99,3 +99,17 @@ def test_assignment_pairs_units_with_their_formats(space: Space) -> None:
     pairs = space.assignment(choice)
     assert [u for u, _ in pairs] == list(space.units)
     assert [f for _, f in pairs] == [space.candidates[c] for c in choice]
+
+
+def test_formats_of_whole_blocks_are_kept_off_other_rows(layout: ModelLayout) -> None:
+    space = make_space(layout, parse_formats("gguf-q4_k,gguf-q8_0,bf16"))
+    for unit, allowed in zip(space.units, space.allowed, strict=True):
+        widths = [matrix.in_features for matrix in unit.matrices]
+        assert allowed[0] == all(width % 256 == 0 for width in widths)
+        assert allowed[1] == all(width % 32 == 0 for width in widths)
+    assert not space.allowed.all() and space.allowed[:, 2].all()
+
+
+def test_a_unit_that_nothing_can_store_is_named(layout: ModelLayout) -> None:
+    with pytest.raises(UsageError, match=r"rows of \d+ weights.*bf16"):
+        make_space(layout, parse_formats("gguf-q4_k"))
