@@ -41,7 +41,7 @@ class CandidateWeights:
         self.model = model
         self._quantizer = quantizer
         self._importance = importance
-        self._cache: OrderedDict[tuple[str, Format], Encoded] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, Format], tuple[Encoded, ...]] = OrderedDict()
         self._room = cache_bytes
 
     def reference(self, matrix: Matrix) -> Tensor:
@@ -57,10 +57,13 @@ class CandidateWeights:
         if format.exact:
             dtype = torch.bfloat16 if format.kind == "bf16" else torch.float16
             return self.reference(matrix).to(dtype).float()
-        return self.quantized(matrix, format).dequantize()
+        parts = self.quantized(matrix, format)
+        return (
+            parts[0].dequantize() if len(parts) == 1 else torch.cat([p.dequantize() for p in parts])
+        )
 
-    def quantized(self, matrix: Matrix, format: Format) -> Encoded:
-        """Codes and scales of a matrix in a format that is not exact."""
+    def quantized(self, matrix: Matrix, format: Format) -> tuple[Encoded, ...]:
+        """Each matrix of a stack in a format that is not exact."""
         key = (matrix.name, format)
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -68,11 +71,15 @@ class CandidateWeights:
         weight = self.reference(matrix)
         if not torch.isfinite(weight).all():
             raise BadInput(f"{matrix.name} holds NaN or infinite weights; repair the checkpoint")
-        found = self._quantizer(weight, format, self._importance.get(matrix.name))
+        importance = self._importance.get(matrix.name)
+        # One by one: a format may have a scale for a whole matrix.
+        found = tuple(
+            self._quantizer(part, format, importance) for part in weight.chunk(matrix.count)
+        )
         self._cache[key] = found
-        self._room -= found.nbytes
+        self._room -= _bytes(found)
         while self._room < 0 and len(self._cache) > 1:
-            self._room += self._cache.popitem(last=False)[1].nbytes
+            self._room += _bytes(self._cache.popitem(last=False)[1])
         return found
 
     @contextmanager
@@ -129,3 +136,7 @@ def _restore(originals: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     # Backwards, so that a parameter written twice gets its first value back.
     for parameter, original in reversed(originals):
         parameter.copy_(original)
+
+
+def _bytes(parts: Sequence[Encoded]) -> int:
+    return sum(part.nbytes for part in parts)

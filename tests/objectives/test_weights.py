@@ -13,6 +13,7 @@ from bitsearch.formats import BF16, FP16, parse_format
 from bitsearch.models.weights import read_weight, write_weight
 from bitsearch.objectives.weights import CandidateWeights
 from bitsearch.quantizers.rtn import quantize
+from bitsearch.space import unit_bytes
 
 INT3 = parse_format("int3-g16")
 INT6 = parse_format("int6-row-sym")
@@ -47,6 +48,21 @@ def read_matrix(stored: Tensor, matrix: Any) -> Tensor:
     """(count·out, in) rows of a stored tensor, expert by expert."""
     stacked = stored if stored.dim() == 3 else stored[None]
     return torch.cat([one.T if matrix.transposed else one for one in stacked]).float()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nf4-g32", "int4-g32"])
+def test_every_expert_is_stored_with_what_it_needs(name: str, case_of: Any) -> None:
+    """Also where a format has a scale for a whole matrix."""
+    case, format = case_of("mixtral"), parse_format(name)
+    weights = case.weights()
+    for unit in case.units:
+        stored = [
+            tensor.nbytes
+            for matrix in unit.matrices
+            for part in weights.quantized(matrix, format)
+            for tensor in part.pack().values()
+        ]
+        assert sum(stored) == unit_bytes(unit, format)
 
 
 def test_several_units_in_different_formats(case_of: Any) -> None:
@@ -143,7 +159,7 @@ def test_size_of_the_cache_does_not_matter(room: int, case_of: Any) -> None:
         for matrix in matrices:
             found = weights.reference(matrix)
             assert len(found.unique()) < matrix.parameters
-    kept = sum(found.codes.nbytes for found in weights._cache.values())
+    kept = sum(part.codes.nbytes for parts in weights._cache.values() for part in parts)
     assert kept <= max(room, max(m.parameters for m in matrices))
 
 
