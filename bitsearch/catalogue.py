@@ -80,7 +80,7 @@ def _formats() -> Rows:
     for kind, table in TABLES.items():
         free = not table.block and table.scale == "float16"
         names += [f"{kind}-g32", f"{kind}-g64", f"{kind}-g128"] if free else [kind]
-    formats = [parse_format(name) for name in (*names, *BLOCKS, "bf16", "fp16")]
+    formats = [parse_format(name) for name in (*names, *BLOCKS, "dialect4-b32", "bf16", "fp16")]
     return [
         {"name": f.name, "about": f"{8 * f.bytes(4096, 4096) / 4096**2:.4f} bpw at 4096 × 4096"}
         for f in formats

@@ -1,4 +1,4 @@
-"""The quantizers by name: (weight, format, importance) -> Quantized."""
+"""The quantizers by name: (weight, format, importance) -> Encoded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from bitsearch import registry
 
 GROUP = "bitsearch.quantizers"
 
-QUANTIZERS = {"rtn": "bitsearch.quantizers.rtn:quantize"}
+QUANTIZERS = {
+    "rtn": "bitsearch.quantizers.rtn:quantize",
+    "dialect_lookup": "bitsearch.quantizers.dialect:lookup",
+}
 
 
 def load_quantizer(name: str) -> Any:
