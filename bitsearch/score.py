@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitsearch.corpora import make_corpus, read_text
 from bitsearch.errors import BadInput
@@ -13,11 +13,15 @@ from bitsearch.evaluate import Quality, summary
 from bitsearch.formats import Format, parse_format
 from bitsearch.models.fingerprint import fingerprint
 from bitsearch.models.load import load_model, open_layout
+from bitsearch.models.source import Source
 from bitsearch.policy import Policy, load_policy
 from bitsearch.quantizers import load_quantizer
 from bitsearch.run import check_same
 from bitsearch.session import embedding_rows, pick_device
 from bitsearch.units import ModelLayout, Unit
+
+if TYPE_CHECKING:
+    from bitsearch.objectives.weights import CandidateWeights
 
 
 def score_policy(
@@ -51,12 +55,7 @@ def score_policy(
     policy = load_policy(policy_path) if policy_path is not None else None
     layout, _, source = open_layout(model)
     if policy is not None and policy_path is not None:
-        check_same(
-            policy.model.fingerprint,
-            {k: v for k, v in fingerprint(source).items() if v},
-            policy_path,
-            "model",
-        )
+        check_model(policy, policy_path, source)
     contents = [(text, read_text(text)) for text in texts]
     progress("evaluation", 0, 3)
     loaded = load_model(source, dtype=dtype, device=pick_device(device))
@@ -64,7 +63,6 @@ def score_policy(
     from bitsearch.models.decoder import Decoder
     from bitsearch.objectives.memory import available_bytes
     from bitsearch.objectives.teacher import Teacher
-    from bitsearch.objectives.weights import CandidateWeights
 
     rows = embedding_rows(loaded.model)
     corpus = make_corpus("evaluation", contents, loaded.tokenizer, length, windows, rows)
@@ -75,11 +73,12 @@ def score_policy(
     progress("evaluation", 2, 3)
     measured = reference
     if policy is not None and policy_path is not None:
-        weights = CandidateWeights(
+        weights = candidate_weights(
             loaded.model,
-            load_quantizer(policy.quantizer.method),
-            _statistics(policy, policy_path, statistics, decoder.device),
-            available_bytes(decoder.device) // 3,
+            policy,
+            policy_path,
+            statistics,
+            cache_bytes=available_bytes(decoder.device) // 3,
         )
         with weights.applied(assignment(policy, layout)):
             measured = teacher.measure()
@@ -95,6 +94,42 @@ def score_policy(
         "corpus": corpus.describe(),
         **summary(quality, reference.nll.double().numpy(), corpus),
     }
+
+
+def check_model(policy: Policy, path: Path, source: Source) -> None:
+    """Refuse a policy that was made for another model.
+
+    Raises:
+        SettingsMismatch: the fingerprints differ.
+    """
+    found = {key: value for key, value in fingerprint(source).items() if value}
+    check_same(policy.model.fingerprint, found, path, "model")
+
+
+def candidate_weights(
+    model: Any, policy: Policy, path: Path, statistics: Path | None, *, cache_bytes: int
+) -> CandidateWeights:
+    """The model's weights as the policy's quantizer makes them.
+
+    Args:
+        model: the model, holding its reference weights.
+        policy: names the quantizer and its calibration statistics.
+        path: the policy's file; the statistics lie near it.
+        statistics: the statistics, if they do not.
+        cache_bytes: most bytes of codes to keep.
+
+    Raises:
+        BadInput: the statistics are missing, damaged or others.
+    """
+    from bitsearch.objectives.weights import CandidateWeights
+
+    device = next(model.parameters()).device
+    return CandidateWeights(
+        model,
+        load_quantizer(policy.quantizer.method),
+        _statistics(policy, path, statistics, device),
+        cache_bytes,
+    )
 
 
 def assignment(policy: Policy, layout: ModelLayout) -> list[tuple[Unit, Format]]:
