@@ -7,6 +7,7 @@ first), and controls of the same bytes that know nothing of sensitivity.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,23 +71,16 @@ def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
     `uniform-F` holds every unit in the widest format F of its family (kind,
     group size, symmetry) that fits. `filled-…` spends the rest of the budget on
     the next width, spread evenly over depth; `embed8-…` does the same with the
-    embedding and the head at 8 bits, as GGUF files usually have them. A limit on
+    embedding and the head at 8 bits, as GGUF files usually have them, and `embedN-…`
+    with both at that next width of N bits. A limit on
     distinct formats is not theirs to keep: drop those that exceed it.
     """
     problem = additive(problem)
     found: list[Contender] = []
     for family, columns in _families(space).items():
         embedding = [i for i, unit in enumerate(space.units) if unit.kind in ("embedding", "head")]
-        fixed = problem
         eight = [c for c in columns if space.candidates[c].bits == _EMBEDDING_BITS]
-        if eight and embedding:
-            damage = problem.damage.copy()
-            others = [c for c in range(damage.shape[1]) if c != eight[0]]
-            frozen = ~np.isfinite(damage[embedding, eight[0]])
-            damage[np.ix_(embedding, others)] = np.where(
-                frozen[:, None], damage[np.ix_(embedding, others)], np.inf
-            )
-            fixed = replace(problem, damage=damage)
+        fixed = _fixed(problem, embedding, eight[0]) if eight and embedding else problem
         for prefix, task in (("", problem), ("embed8-", fixed)):
             if prefix and fixed is problem:
                 continue
@@ -102,6 +96,12 @@ def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
                     found.append(Contender(f"uniform-{space.candidates[low].name}", uniform, True))
                 filled = controls.spread(task, low, high)
                 found.append(Contender(f"{prefix}filled-{family}", filled, True))
+                if not prefix and embedding:
+                    # Often a third of the model or more, which an even fill leaves low.
+                    with suppress(InfeasibleBudget):
+                        wide = controls.spread(_fixed(problem, embedding, high), low, high)
+                        bits = space.candidates[high].bits
+                        found.append(Contender(f"embed{bits}-filled-{family}", wide, True))
                 if not prefix:
                     blocks = _depth(space)
                     choice = controls.first_last(task, blocks, low, high)
@@ -111,6 +111,15 @@ def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
     found.append(Contender("random", controls.random_feasible(problem, rng), True))
     found.append(Contender("reversed", controls.reversed_ranking(problem), True))
     return _distinct(found)
+
+
+def _fixed(problem: Problem, units: list[int], candidate: int) -> Problem:
+    """The problem with units held at a candidate; frozen ones stay as they are."""
+    damage = problem.damage.copy()
+    others = [c for c in range(damage.shape[1]) if c != candidate]
+    frozen = ~np.isfinite(damage[units, candidate])
+    damage[np.ix_(units, others)] = np.where(frozen[:, None], damage[np.ix_(units, others)], np.inf)
+    return replace(problem, damage=damage)
 
 
 def random_policies(problem: Problem, count: int, seed: int) -> list[Contender]:
