@@ -100,17 +100,17 @@ def test_all_controls_are_there(wide: Space) -> None:
     assert (found["embed8-filled-g64"].choice[outside] == eight).all()
 
 
-def test_a_control_spends_on_the_embedding_first(wide: Space) -> None:
+def test_some_control_spends_on_the_embedding_first(wide: Space) -> None:
     names = [c.name for c in wide.candidates]
     four, five = names.index("int4-g64"), names.index("int5-g64")
     outside = [i for i, unit in enumerate(wide.units) if unit.kind in ("embedding", "head")]
     extra = int((wide.bytes[outside, five] - wide.bytes[outside, four]).sum())
     all_four = int(wide.bytes[:, four].sum()) + wide.layout.kept_bytes
     bits = 8 * (all_four + extra + 1) / wide.layout.parameters
-    found = {c.name: c.choice for c in contenders_at(wide, bits)}
-    assert (found["embed5-filled-g64"][outside] == five).all()
-    inside = [i for i in range(len(wide.units)) if i not in outside]
-    assert (found["embed5-filled-g64"][inside] == four).all()
+    expected = np.full(len(wide.units), four)
+    expected[outside] = five
+    controls = [c for c in contenders_at(wide, bits) if c.is_control]
+    assert any((control.choice == expected).all() for control in controls)
 
 
 def test_filled_controls_spend_what_uniform_leaves(wide: Space) -> None:
