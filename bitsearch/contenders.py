@@ -70,47 +70,49 @@ def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
 
     `uniform-F` holds every unit in the widest format F of its family (kind,
     group size, symmetry) that fits. `filled-…` spends the rest of the budget on
-    the next width, spread evenly over depth; `embed8-…` does the same with the
-    embedding and the head at 8 bits, as GGUF files usually have them, and `embedN-…`
-    with both at that next width of N bits. A limit on
+    the next width, spread evenly over depth. `embedN-filled-…` does so with the
+    embedding and the head held at N bits: the width of `uniform-F`, the next, and
+    8, as GGUF files usually have them. A limit on
     distinct formats is not theirs to keep: drop those that exceed it.
     """
     problem = additive(problem)
     found: list[Contender] = []
+    outside = [i for i, unit in enumerate(space.units) if unit.kind in ("embedding", "head")]
     for family, columns in _families(space).items():
-        embedding = [i for i, unit in enumerate(space.units) if unit.kind in ("embedding", "head")]
+        step = _widest(problem, columns)
+        if step is None:
+            continue
+        low, high = step
+        name = space.candidates[low].name
+        found += [
+            Contender(f"uniform-{name}", controls.spread(problem, low, low), True),
+            Contender(f"filled-{family}", controls.spread(problem, low, high), True),
+            Contender(
+                f"first-last-{family}",
+                controls.first_last(problem, _depth(space), low, high),
+                True,
+            ),
+        ]
         eight = [c for c in columns if space.candidates[c].bits == _EMBEDDING_BITS]
-        fixed = _fixed(problem, embedding, eight[0]) if eight and embedding else problem
-        for prefix, task in (("", problem), ("embed8-", fixed)):
-            if prefix and fixed is problem:
-                continue
-            steps = [
-                (low, high) for low, high in zip(columns, [*columns[1:], columns[-1]], strict=True)
-            ]
-            for low, high in reversed(steps):
-                try:
-                    uniform = controls.spread(task, low, low)
-                except InfeasibleBudget:
-                    continue
-                if not prefix:
-                    found.append(Contender(f"uniform-{space.candidates[low].name}", uniform, True))
-                filled = controls.spread(task, low, high)
-                found.append(Contender(f"{prefix}filled-{family}", filled, True))
-                if not prefix and embedding:
-                    # Often a third of the model or more, which an even fill leaves low.
-                    with suppress(InfeasibleBudget):
-                        wide = controls.spread(_fixed(problem, embedding, high), low, high)
-                        bits = space.candidates[high].bits
-                        found.append(Contender(f"embed{bits}-filled-{family}", wide, True))
-                if not prefix:
-                    blocks = _depth(space)
-                    choice = controls.first_last(task, blocks, low, high)
-                    found.append(Contender(f"first-last-{family}", choice, True))
-                break
+        for column in dict.fromkeys([low, high, *eight]) if outside else []:
+            fixed = _fixed(problem, outside, column)
+            if (step := _widest(fixed, columns)) is not None:
+                bits = space.candidates[column].bits
+                choice = controls.spread(fixed, *step)
+                found.append(Contender(f"embed{bits}-filled-{family}", choice, True))
     rng = np.random.default_rng([seed, 1])
     found.append(Contender("random", controls.random_feasible(problem, rng), True))
     found.append(Contender("reversed", controls.reversed_ranking(problem), True))
     return _distinct(found)
+
+
+def _widest(problem: Problem, columns: list[int]) -> tuple[int, int] | None:
+    """The widest column that fits everywhere, and the next; None if not even the first does."""
+    for low, high in reversed(list(zip(columns, [*columns[1:], columns[-1]], strict=True))):
+        with suppress(InfeasibleBudget):
+            controls.spread(problem, low, low)
+            return low, high
+    return None
 
 
 def _fixed(problem: Problem, units: list[int], candidate: int) -> Problem:

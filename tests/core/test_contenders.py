@@ -100,18 +100,18 @@ def test_all_controls_are_there(wide: Space) -> None:
     assert (found["embed8-filled-g64"].choice[outside] == eight).all()
 
 
-def test_a_control_spends_on_the_embedding_first(wide: Space) -> None:
+def test_controls_spend_on_the_layers_alone_too(wide: Space) -> None:
+    """The embedding stays, and the layers go two widths up where the budget allows."""
     names = [c.name for c in wide.candidates]
     outside = [i for i, unit in enumerate(wide.units) if unit.kind in ("embedding", "head")]
-    seen = []
-    for bits in np.arange(3.0, 7.0, 0.25):
-        for control in contenders_at(wide, float(bits)):
-            if control.name.startswith(("embed4-", "embed5-", "embed6-")):
-                width, group = int(control.name[5]), control.name.rpartition("-")[2]
-                column = names.index(f"int{width}-{group}")
-                assert (control.choice[outside] == column).all()
-                seen.append(width)
-    assert seen
+    inside = [i for i in range(len(wide.units)) if i not in outside]
+    four, five, eight = (names.index(f"int{bits}-g64") for bits in (4, 5, 8))
+    size = wide.bytes[outside, four].sum() + wide.bytes[inside, five].sum()
+    extra = int(wide.bytes[inside, eight].min() - wide.bytes[inside, five].min())
+    limit = int(size) + wide.layout.kept_bytes + extra
+    found = {c.name: c.choice for c in contenders_at(wide, 8 * limit / wide.layout.parameters)}
+    assert (found["embed4-filled-g64"][outside] == four).all()
+    assert set(found["embed4-filled-g64"][inside].tolist()) <= {five, eight}
 
 
 def test_filled_controls_spend_what_uniform_leaves(wide: Space) -> None:
