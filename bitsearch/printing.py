@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -21,15 +22,20 @@ def print_result(found: dict[str, Any]) -> None:
         recipe = found["recipe"]
         changed = f"; changed: {', '.join(recipe['overridden'])}" if recipe["overridden"] else ""
         out.print(f"recipe {escape(recipe['name'])}: {escape(recipe['title'])}{changed}")
+    # Narrow enough for 80 columns.
     table = Table(
         Column("held-out text", overflow="fold"),
-        *("bpw", "KL", "95 % interval", "perplexity", "shipped − it, paired"),
+        Column("bpw", justify="right", no_wrap=True),
+        Column("KL", justify="right", no_wrap=True),
+        Column("perplexity", justify="right", no_wrap=True),
+        Column("shipped − it, paired 95 %", no_wrap=True),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_row(
         f"[bold]{found['shipped']} (shipped)[/]",
         f"{found['bpw']:.3f}",
         f"[bold]{found['kl']:.4f}[/]",
-        _interval(found["kl_ci"]),
         f"{found['perplexity']:.2f}",
         "",
     )
@@ -38,12 +44,12 @@ def print_result(found: dict[str, Any]) -> None:
             control["name"],
             f"{control['bpw']:.3f}",
             f"{control['kl']:.4f}",
-            _interval(control["kl_ci"]),
             f"{control['perplexity']:.2f}",
-            f"{control['difference']:+.4f} {_interval(control['difference_ci'])}",
+            _interval(control["difference_ci"]),
         )
-    table.add_row("unquantized", "16", "0", "", f"{found['reference_perplexity']:.2f}", "")
+    table.add_row("unquantized", "16", "0", f"{found['reference_perplexity']:.2f}", "")
     out.print(table)
+    out.print(f"KL of the shipped policy: 95 % interval {_interval(found['kl_ci'])}")
     out.print(f"top-1 agreement with the unquantized model: {100 * found['top1']:.1f} %")
     for name, text in found.get("texts", {}).items():
         out.print(f"  {escape(name)}: KL {text['kl']:.4f}, perplexity {text['perplexity']:.2f}")
@@ -123,6 +129,15 @@ def print_quality(found: dict[str, Any]) -> None:
     )
     for name, text in found.get("texts", {}).items():
         out.print(f"  {escape(name)}: KL {text['kl']:.5f}, perplexity {text['perplexity']:.3f}")
+
+
+def print_checkpoint(found: dict[str, Any]) -> None:
+    """What was written, and where."""
+    size = sum(found["files"].values())
+    kind = "packed" if found["packed"] else f"fake-quantized, {found['dtype']}"
+    out.print(f"{escape(found['out'])}: {kind}, {size:,} bytes of weights on disk")
+    if not found["packed"]:
+        out.print(f"packed it would be {found['policy_bytes']:,} bytes (--packed)")
 
 
 def _interval(pair: tuple[float, float]) -> str:
