@@ -85,8 +85,9 @@ def _check_statistics(path: Path) -> None:
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                means = np.asarray(file.get_tensor(name))
-                if not (np.isfinite(means).all() and (means >= 0).all()):
+                found = np.asarray(file.get_tensor(name))
+                means = found if found.ndim == 1 else found.diagonal()
+                if not (np.isfinite(found).all() and (means >= 0).all()):
                     raise BadInput(f"{path}: the mean squares of {name} are not usable")
     except (OSError, SafetensorError, TypeError) as error:
         raise BadInput(f"{path} is damaged: {error}") from error

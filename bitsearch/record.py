@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -81,7 +80,7 @@ def make_policy(
             method=session.settings.quantizer,
             statistics=PolicyStatistics(
                 file=STATISTICS,
-                sha256=hashlib.sha256((session.run.path / STATISTICS).read_bytes()).hexdigest(),
+                sha256=session.statistics_sha256,
             ),
         ),
         calibration=session.corpora["calibration"].describe(),

@@ -8,12 +8,13 @@ by a crash is dropped when the journal is opened again.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,20 @@ def writing(path: Path) -> Iterator[None]:
         raise OutOfResources(f"cannot write {path}: {reason}; {advice}") from error
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
+def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file so that readers see the old one or the new one, never a part.
+
+    Args:
+        path: of the file.
+        content: all of it, or its pieces in turn.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                for piece in (content,) if isinstance(content, bytes) else content:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -64,6 +71,12 @@ def atomic_write(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from bitsearch.models.fingerprint import fingerprint
 from bitsearch.models.load import load_model, open_layout
 from bitsearch.models.source import Source
 from bitsearch.policy import Policy, load_policy
-from bitsearch.quantizers import load_quantizer
-from bitsearch.run import check_same
+from bitsearch.quantizers import load_quantizer, needs_second_moments
+from bitsearch.run import check_same, file_sha256
 from bitsearch.session import embedding_rows, pick_device
 from bitsearch.units import ModelLayout, Unit
 
@@ -121,15 +120,19 @@ def candidate_weights(
     Raises:
         BadInput: the statistics are missing, damaged or others.
     """
+    from bitsearch.objectives.statistics_file import StoredMoments, read_mean_squares
     from bitsearch.objectives.weights import CandidateWeights
 
     device = next(model.parameters()).device
-    return CandidateWeights(
-        model,
-        load_quantizer(policy.quantizer.method),
-        _statistics(policy, path, statistics, device),
-        cache_bytes,
-    )
+    quantizer = load_quantizer(policy.quantizer.method)
+    file = _statistics(policy, path, statistics)
+    importance = {} if file is None else read_mean_squares(file, device)
+    moments = None
+    if needs_second_moments(quantizer):
+        if file is None:
+            raise BadInput(f"{path} names no calibration statistics, which its quantizer needs")
+        moments = StoredMoments(file, device)
+    return CandidateWeights(model, quantizer, importance, cache_bytes, moments)
 
 
 def assignment(policy: Policy, layout: ModelLayout) -> list[tuple[Unit, Format]]:
@@ -148,27 +151,21 @@ def assignment(policy: Policy, layout: ModelLayout) -> list[tuple[Unit, Format]]
     return found
 
 
-def _statistics(policy: Policy, path: Path, given: Path | None, device: Any) -> dict[str, Any]:
-    """The calibration statistics that the policy was made with."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+def _statistics(policy: Policy, path: Path, given: Path | None) -> Path | None:
+    """The file of the calibration statistics that the policy was made with."""
     wanted = policy.quantizer.statistics
     if wanted is None:
-        return {}
+        return None
     # policies/ lies below the folder that holds the statistics
     places = [given] if given else [path.parent / wanted.file, path.parent.parent / wanted.file]
     for place in places:
         try:
-            content = place.read_bytes()
+            found = file_sha256(place)
         except OSError:
             continue
-        if hashlib.sha256(content).hexdigest() != wanted.sha256:
+        if found != wanted.sha256:
             raise BadInput(f"{place} is not the calibration that {path} was made with")
-        try:
-            return {name: mean.to(device) for name, mean in load(content).items()}
-        except SafetensorError as error:
-            raise BadInput(f"{place} is damaged: {error}") from error
+        return place
     raise BadInput(
         f"{path} was made with calibration statistics '{wanted.file}', which is not beside it; "
         "give it with --statistics"

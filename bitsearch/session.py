@@ -20,8 +20,8 @@ from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import parse_formats
 from bitsearch.models.fingerprint import fingerprint
 from bitsearch.models.load import LoadedModel, load_model, open_layout
-from bitsearch.quantizers import load_quantizer
-from bitsearch.run import STATISTICS, Run, atomic_write, check_same
+from bitsearch.quantizers import load_quantizer, needs_second_moments
+from bitsearch.run import STATISTICS, Run, atomic_write, check_same, file_sha256
 from bitsearch.settings import (
     SCHEMA,
     Settings,
@@ -31,6 +31,7 @@ from bitsearch.settings import (
     stored_settings,
 )
 from bitsearch.space import Space, make_space
+from bitsearch.units import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,39 +148,56 @@ class Session:
     @cached_property
     def importance(self) -> dict[str, Tensor]:
         """Mean squares of each matrix's input columns on calibration text."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file, save
-
-        from bitsearch.objectives.statistics import input_mean_squares
+        from bitsearch.objectives.statistics_file import read_mean_squares
 
         path = self.run.path / STATISTICS
-        calibration = self.corpora["calibration"]
         if not path.exists():
-            means, reached = input_mean_squares(self.decoder, self.space.units, calibration.tokens)
-            for name, count in reached.items():
-                if not count:
-                    log.warning("no calibration token reaches %s", name)
-            content = {name: mean.cpu().clone() for name, mean in means.items()}
-            atomic_write(path, save(content, metadata={"corpus": calibration.sha256}))
+            self._gather(path)
         try:
-            stored = load_file(path)
-        except SafetensorError as error:
-            raise BadInput(
-                f"{path} is damaged: {error}; delete it, and the tables, to measure anew"
-            ) from error
-        return {name: mean.to(self.device) for name, mean in stored.items()}
+            return read_mean_squares(path, self.device)
+        except BadInput as error:
+            raise BadInput(f"{error}; delete it, and the tables, to measure anew") from error
+
+    def _gather(self, path: Path) -> None:
+        """Write the input statistics that the quantizer needs."""
+        from bitsearch.objectives.memory import available_bytes
+        from bitsearch.objectives.statistics import input_mean_squares, second_moments_in_turn
+        from bitsearch.objectives.statistics_file import statistics_parts
+
+        decoder, units, calibration = self.decoder, self.space.units, self.corpora["calibration"]
+        means, reached = input_mean_squares(decoder, units, calibration.tokens)
+        for name, count in reached.items():
+            if not count:
+                log.warning("no calibration token reaches %s", name)
+        seen: list[Unit] = []
+        if needs_second_moments(load_quantizer(self.settings.quantizer)):
+            seen = [unit for unit in units if reached.get(unit.name)]
+        room = available_bytes(decoder.device) // 4
+        moments = second_moments_in_turn(decoder, seen, calibration.tokens, room)
+        atomic_write(path, statistics_parts(calibration.sha256, means, seen, moments))
+
+    @cached_property
+    def statistics_sha256(self) -> str:
+        """Hash of the input statistics."""
+        _ = self.importance
+        return file_sha256(self.run.path / STATISTICS)
 
     @cached_property
     def weights(self) -> CandidateWeights:
         """The model's weights under any assignment."""
         from bitsearch.objectives.memory import available_bytes
+        from bitsearch.objectives.statistics_file import StoredMoments
         from bitsearch.objectives.weights import CandidateWeights
 
+        quantizer, importance = load_quantizer(self.settings.quantizer), self.importance
         return CandidateWeights(
             self.loaded.model,
-            load_quantizer(self.settings.quantizer),
-            self.importance,
+            quantizer,
+            importance,
             available_bytes(self.decoder.device) // 3,
+            StoredMoments(self.run.path / STATISTICS, self.device)
+            if needs_second_moments(quantizer)
+            else None,
         )
 
     def table_signature(self, estimator: str) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Input statistics of every unit, gathered in one forward pass.
+"""Input statistics of every unit, gathered in forward passes.
 
 The mean square of each input column, h_j = (1/T) Σ_t x_tj², weighs the
-quantizer's error; it is the diagonal of the second moment G of the inputs.
+quantizer's error; it is the diagonal of the second moment of the inputs,
+G = (1/T) Σ_t x_t x_tᵀ, which some quantizers need as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +98,53 @@ def input_mean_squares(
         for matrix in unit.matrices
     }
     return means, counts
+
+
+@torch.no_grad()
+def input_second_moments(
+    decoder: Decoder, units: Iterable[Unit], tokens: Tensor
+) -> dict[str, Tensor]:
+    """G of shape (in, in), float32, by unit name, where inputs are seen.
+
+    Args:
+        decoder: the model.
+        units: whose inputs to watch; all their moments are in memory at once.
+        tokens: (windows, length) calibration tokens, taken one window at a time.
+    """
+    units = list(units)
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(unit: Unit, rows: Tensor) -> None:
+        rows, name = rows.float(), unit.name
+        sums[name] = sums[name].addmm_(rows.mT, rows) if name in sums else rows.mT @ rows
+        counts[name] = counts.get(name, 0) + len(rows)
+
+    with observed(decoder, units, add):
+        run_through(decoder, units, tokens)
+    return {name: total.div_(counts[name]) for name, total in sums.items() if counts[name]}
+
+
+def second_moments_in_turn(
+    decoder: Decoder, units: Sequence[Unit], tokens: Tensor, room: int
+) -> Iterator[Tensor]:
+    """The second moments of units in order, as many a pass as `room` bytes hold.
+
+    Args:
+        decoder: the model.
+        units: whose inputs are seen and reached; see `input_mean_squares`.
+        tokens: (windows, length) calibration tokens; each pass runs all of them.
+        room: bytes for the moments of one pass; one at least is gathered.
+    """
+    pending = list(units)
+    while pending:
+        group = [pending.pop(0)]
+        used = 4 * group[0].matrices[0].in_features ** 2
+        while pending and (used := used + 4 * pending[0].matrices[0].in_features ** 2) < room:
+            group.append(pending.pop(0))
+        moments = input_second_moments(decoder, group, tokens)
+        for unit in group:
+            yield moments.pop(unit.name)
 
 
 def run_through(decoder: Decoder, units: Iterable[Unit], tokens: Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,18 @@ from bitsearch.errors import BadInput
 from bitsearch.formats import Format
 from bitsearch.models.weights import read_weight, write_weight
 from bitsearch.quantizers.codec import Encoded
+from bitsearch.quantizers.second_moment import SecondMoment
 from bitsearch.units import Matrix, Unit
 
 Quantizer = Callable[..., Encoded]
+log = logging.getLogger(__name__)
+
+
+class Moments(Protocol):
+    """Second moments of inputs, such as `statistics_file.StoredMoments`."""
+
+    def get(self, matrix: str) -> SecondMoment | None:
+        """Of the inputs of a matrix, by its name; None if they were not seen."""
 
 
 class CandidateWeights:
@@ -29,6 +40,8 @@ class CandidateWeights:
         quantizer: (weight, format, importance) -> Encoded.
         importance: mean square of each input column, (in,), by matrix name.
         cache_bytes: most bytes of codes to keep.
+        moments: second moments of the inputs by matrix name, for a quantizer that
+            takes `moment`; matrices without one are told of once.
     """
 
     def __init__(
@@ -37,10 +50,13 @@ class CandidateWeights:
         quantizer: Quantizer,
         importance: Mapping[str, Tensor],
         cache_bytes: int,
+        moments: Moments | None = None,
     ) -> None:
         self.model = model
         self._quantizer = quantizer
         self._importance = importance
+        self._moments = moments
+        self._told = False
         self._cache: OrderedDict[tuple[str, Format], tuple[Encoded, ...]] = OrderedDict()
         self._room = cache_bytes
 
@@ -71,16 +87,26 @@ class CandidateWeights:
         weight = self.reference(matrix)
         if not torch.isfinite(weight).all():
             raise BadInput(f"{matrix.name} holds NaN or infinite weights; repair the checkpoint")
-        importance = self._importance.get(matrix.name)
+        given: list[Any] = [self._importance.get(matrix.name)]
+        if self._moments is not None:
+            given.append(self._moment(matrix, self._moments))
         # One by one: a format may have a scale for a whole matrix.
-        found = tuple(
-            self._quantizer(part, format, importance) for part in weight.chunk(matrix.count)
-        )
+        found = tuple(self._quantizer(part, format, *given) for part in weight.chunk(matrix.count))
         self._cache[key] = found
         self._room -= _bytes(found)
         while self._room < 0 and len(self._cache) > 1:
             self._room += _bytes(self._cache.popitem(last=False)[1])
         return found
+
+    def _moment(self, matrix: Matrix, moments: Moments) -> SecondMoment | None:
+        moment = moments.get(matrix.name)
+        if moment is None and not self._told:
+            self._told = True
+            log.warning(
+                "the inputs of %s are not seen: it is rounded to nearest, as are others like it",
+                matrix.name,
+            )
+        return moment
 
     @contextmanager
     def applied(self, choice: Sequence[tuple[Unit, Format]]) -> Iterator[None]:

@@ -44,6 +44,9 @@ class Encoded(Protocol):
         """The tensors as they are stored; their bytes sum to `Format.bytes`."""
 
 
+Nearest = Callable[[Any, Tensor, int], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class Codec:
     """What a file of this package offers for one family of formats.
@@ -53,10 +56,15 @@ class Codec:
             `bitsearch.quantizers.rtn.quantize`.
         unpack: (packed tensors, format, input columns) -> encoded matrix, the
             inverse of `Encoded.pack`.
+        nearest: (encoded matrix, (out,) values, column) -> (out,) codes nearest to the
+            values in that column, and what they decode to, with the scales as they are.
+            The matrix is a dataclass with (out, in) `codes`. None if codes cannot be
+            chosen one by one.
     """
 
     round_to_nearest: Callable[[Tensor, Any, Tensor | None], Encoded]
     unpack: Callable[[dict[str, Tensor], Any, int], Encoded]
+    nearest: Nearest | None = None
 
 
 def codec_of(format: Format) -> Codec:

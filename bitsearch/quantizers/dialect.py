@@ -179,4 +179,14 @@ def _own_ranges(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(starts, device=device), torch.tensor(ends, device=device)
 
 
-CODEC = Codec(quantize, unpack)
+def nearest(dialected: Dialected, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """Codes nearest to (out,) values of a column, and what they decode to."""
+    block = column // BLOCK
+    dialects, scale = dialected.dialects[:, block], _scale(dialected.exponents[:, block])
+    found = _nearest((values.abs() / scale)[:, None, None], dialects[:, None])[:, 0, 0]
+    decoded = _magnitudes(values.device)[dialects.int(), found.int()] * scale
+    negative = values < 0
+    return found | negative.to(torch.uint8) << 3, torch.where(negative, -decoded, decoded)
+
+
+CODEC = Codec(quantize, unpack, nearest)

@@ -119,4 +119,13 @@ def _keep_better(
     )
 
 
-CODEC = Codec(quantize, unpack)
+def nearest(quantized: Quantized, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """Codes nearest to (out,) values of a column, and what they decode to."""
+    format = quantized.format
+    group = column // (format.group_size or quantized.codes.shape[1])
+    scale, zero = quantized.scales[:, group].float(), quantized.zeros[:, group].float()
+    codes = torch.round(values / scale).add_(zero).clamp_(0, 2**format.bits - 1)
+    return codes.to(torch.uint8), codes.sub_(zero).mul_(scale)
+
+
+CODEC = Codec(quantize, unpack, nearest)

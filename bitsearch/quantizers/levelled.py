@@ -179,4 +179,12 @@ def _levels(format: LevelFormat, device: torch.device) -> tuple[Tensor, Tensor, 
     return _tensors(format.kind, device)
 
 
-CODEC = Codec(quantize, unpack)
+def nearest(levelled: Levelled, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """Codes nearest to (out,) values of a column, and what they decode to."""
+    format = levelled.format
+    scale = levelled.scales[:, column // (format.group_size or levelled.codes.shape[1])]
+    codes, found = _rounded(values / levelled.whole, scale, format)
+    return codes, found.mul_(scale * levelled.whole)
+
+
+CODEC = Codec(quantize, unpack, nearest)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from bitsearch.objectives.damage.scoring import Cell, Scoring, by_unit
 from bitsearch.objectives.memory import available_bytes
-from bitsearch.objectives.statistics import observed, run_through
-from bitsearch.units import Unit
+from bitsearch.objectives.statistics import input_second_moments
 
 
 def output_error(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int, int, float]]:
@@ -55,24 +54,14 @@ def _errors(scoring: Scoring, cells: Sequence[Cell]) -> Iterator[tuple[int, int,
                 yield unit, candidate, error, size
 
 
-@torch.no_grad()
 def second_moments(scoring: Scoring, units: Sequence[int]) -> dict[int, Tensor]:
     """G of shape (in, in), float32, by unit index, where the input can be seen."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def add(unit: Unit, rows: Tensor) -> None:
-        rows, name = rows.float(), unit.name
-        sums[name] = sums[name].addmm_(rows.mT, rows) if name in sums else rows.mT @ rows
-        counts[name] = counts.get(name, 0) + len(rows)
-
     chosen = [scoring.units[unit] for unit in units]
-    with observed(scoring.decoder, chosen, add):
-        run_through(scoring.decoder, chosen, scoring.tokens)
+    found = input_second_moments(scoring.decoder, chosen, scoring.tokens)
     return {
-        index: sums[scoring.units[index].name].div_(counts[scoring.units[index].name])
-        for index in units
-        if counts.get(scoring.units[index].name)
+        index: found[unit.name]
+        for index, unit in zip(units, chosen, strict=True)
+        if unit.name in found
     }
 
 
