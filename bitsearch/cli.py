@@ -76,6 +76,9 @@ Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.")]
 Damage = Annotated[str, typer.Option(help="Damage estimator: see `bitsearch list estimators`.")]
+Statistics = Annotated[
+    Path | None, typer.Option(help="Calibration statistics, if not beside the policy.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -267,9 +270,13 @@ def evaluate(
     model: Model,
     text: Annotated[list[str], typer.Option(help="Text to evaluate on; repeatable.")],
     policy: Annotated[Path | None, typer.Option(help="Policy file; none: the model as is.")] = None,
-    statistics: Annotated[
-        Path | None, typer.Option(help="Calibration statistics, if not beside the policy.")
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to compare with.  [default: MODEL; of a packed checkpoint, its original]"
+        ),
     ] = None,
+    statistics: Statistics = None,
     length: Length = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows over all texts.")] = 32,
     dtype: Dtype = None,
@@ -284,6 +291,7 @@ def evaluate(
         found = score_policy(
             model,
             policy,
+            reference=reference,
             texts=text,
             statistics=statistics,
             length=length or 512,
@@ -294,6 +302,45 @@ def evaluate(
         )
         stages.__exit__()
         _emit(found, json_, lambda: print_quality(found))
+
+
+@app.command()
+def quantize(
+    model: Model,
+    policy: Annotated[Path, typer.Option(help="Policy file.")],
+    out_: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")],
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Exact bytes, in bitsearch's own layout.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32.  [default: float16 if the model is, else bfloat16]"
+        ),
+    ] = None,
+    statistics: Statistics = None,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint of a policy that transformers loads, or a packed one."""
+    with reporting(), Stages() as stages:
+        from bitsearch.checkpoint import quantize_model
+        from bitsearch.printing import print_checkpoint
+
+        found = quantize_model(
+            model,
+            policy,
+            out_,
+            packed=packed,
+            dtype=dtype,
+            statistics=statistics,
+            device=device,
+            force=force,
+            progress=stages,
+        )
+        stages.__exit__()
+        _emit(found, json_, lambda: print_checkpoint(found))
 
 
 @app.command()

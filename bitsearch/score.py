@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitsearch.corpora import make_corpus, read_text
-from bitsearch.errors import BadInput
+from bitsearch.errors import BadInput, UsageError
 from bitsearch.evaluate import Quality, summary
 from bitsearch.formats import Format, parse_format
 from bitsearch.models.fingerprint import fingerprint
-from bitsearch.models.load import load_model, open_layout
-from bitsearch.models.source import Source
+from bitsearch.models.load import LoadedModel, load_model, open_layout
+from bitsearch.models.packed import POLICY
+from bitsearch.models.source import Source, with_weights
 from bitsearch.policy import Policy, load_policy
 from bitsearch.quantizers import load_quantizer, needs_second_moments
 from bitsearch.run import check_same, file_sha256
@@ -27,6 +28,7 @@ def score_policy(
     model: str,
     policy_path: Path | None,
     *,
+    reference: str | None = None,
     texts: Sequence[str],
     statistics: Path | None,
     length: int,
@@ -39,7 +41,9 @@ def score_policy(
 
     Args:
         model: model reference; must be the one that the policy was made for.
-        policy_path: a policy file; None measures the unquantized model.
+        policy_path: a policy file; None measures the model as it is.
+        reference: the model that it is compared with, if not itself; by default the one
+            that a packed checkpoint was made from.
         texts: built-in names or files, taken whole.
         statistics: calibration statistics; by default the file that the policy names.
         length: tokens a window.
@@ -51,10 +55,16 @@ def score_policy(
     Raises:
         BadInput: model and policy do not fit, or a file cannot be used.
     """
+    if policy_path is not None and reference is not None:
+        raise UsageError("--policy is compared with MODEL itself: leave --reference away")
     policy = load_policy(policy_path) if policy_path is not None else None
     layout, _, source = open_layout(model)
-    if policy is not None and policy_path is not None:
-        check_model(policy, policy_path, source)
+    changed = None
+    if policy is None and (reference is not None or source.packed):
+        changed = source
+        policy, layout, source = _compared(source, reference)
+    if policy is not None:
+        check_model(policy, policy_path or Path(model) / POLICY, source)
     contents = [(text, read_text(text)) for text in texts]
     progress("evaluation", 0, 3)
     loaded = load_model(source, dtype=dtype, device=pick_device(device))
@@ -68,10 +78,13 @@ def score_policy(
     decoder = Decoder(loaded.model, layout.blocks)
     progress("evaluation", 1, 3)
     teacher = Teacher(decoder, corpus.tokens, restart=False)
-    reference = teacher.measure()
+    itself = teacher.measure()
     progress("evaluation", 2, 3)
-    measured = reference
-    if policy is not None and policy_path is not None:
+    measured = itself
+    if changed is not None:
+        _take_over(loaded.model, load_model(changed, dtype=dtype, device=decoder.device), changed)
+        measured = teacher.measure()
+    elif policy is not None and policy_path is not None:
         weights = candidate_weights(
             loaded.model,
             policy,
@@ -91,8 +104,42 @@ def score_policy(
         "bytes": 2 * layout.parameters if policy is None else policy.achieved.bytes,
         "tokens": corpus.tokens.numel(),
         "corpus": corpus.describe(),
-        **summary(quality, reference.nll.double().numpy(), corpus),
+        **summary(quality, itself.nll.double().numpy(), corpus),
     }
+
+
+def _compared(changed: Source, reference: str | None) -> tuple[Policy | None, ModelLayout, Source]:
+    """What a changed model is compared with, and the policy that it was packed by."""
+    if not changed.packed:
+        layout, _, source = open_layout(reference or changed.reference)
+        return None, layout, source
+    policy = load_policy(changed.path / POLICY)
+    try:
+        layout, _, source = open_layout(
+            reference or policy.model.reference,
+            revision=None if reference else policy.model.revision,
+        )
+    except BadInput as error:
+        if reference:
+            raise
+        raise BadInput(
+            f"{changed.path} was made from a model that cannot be opened ({error}); "
+            "name it with --reference"
+        ) from error
+    return policy, layout, source
+
+
+def _take_over(model: Any, other: LoadedModel, source: Source) -> None:
+    """Give a model the parameters of another one of its kind."""
+    import torch
+
+    found = dict(other.model.named_parameters())
+    mine = dict(model.named_parameters())
+    if {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in found.items()}:
+        raise BadInput(f"{source.where} is not of the same kind as the model it is compared with")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(found[name])
 
 
 def check_model(policy: Policy, path: Path, source: Source) -> None:
@@ -101,7 +148,7 @@ def check_model(policy: Policy, path: Path, source: Source) -> None:
     Raises:
         SettingsMismatch: the fingerprints differ.
     """
-    found = {key: value for key, value in fingerprint(source).items() if value}
+    found = {key: value for key, value in fingerprint(with_weights(source)).items() if value}
     check_same(policy.model.fingerprint, found, path, "model")
 
 

@@ -121,10 +121,14 @@ def _weights(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from bitsearch.models.packed import load_packed
+
     options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     if attention is not None:
         options["attn_implementation"] = attention
     try:
+        if source.packed:
+            return load_packed(source.path, dtype=dtype, device=device, attention=attention)
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\S+))?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+PACKED = "packed.safetensors"
 _DESCRIPTION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _LANGUAGE_MODEL = re.compile("CausalLM|LMHead|ConditionalGeneration")
 
@@ -46,6 +47,11 @@ class Source:
     def where(self) -> Path:
         """The path to name in messages: the GGUF file, or the folder."""
         return self.path / self.gguf if self.gguf else self.path
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is a packed checkpoint, with weights that only bitsearch reads."""
+        return self.gguf is None and (self.path / PACKED).is_file()
 
 
 def resolve(reference: str, *, revision: str | None = None) -> Source:

@@ -25,6 +25,7 @@ LAYERS = (
     {"plan", "recipes", "session"},
     {
         "calibration_loss",
+        "checkpoint",
         "contenders",
         "diagnostics",
         "fronts",

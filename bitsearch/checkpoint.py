@@ -1,0 +1,265 @@
+"""`bitsearch quantize`: a checkpoint of a model under a policy.
+
+Two kinds. A *fake-quantized* one is an ordinary folder of 16-bit safetensors that
+transformers opens anywhere: each weight is the value that its format stands for, rounded
+to bfloat16 (float16 if the model itself is). That rounding moves a weight by at most
+2⁻⁸ of itself in bfloat16 and 2⁻¹¹ in float16, far less than quantization; `float32` has
+the exact values. A *packed* one holds exactly the bytes that the policy counts
+(`bitsearch.models.packed`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitsearch.errors import BadInput, OutOfResources, UsageError
+from bitsearch.formats import Format
+from bitsearch.models.load import LoadedModel, load_model, open_layout, quiet
+from bitsearch.models.packed import POLICY, entries, metadata, persistent_buffers
+from bitsearch.models.source import PACKED, with_weights
+from bitsearch.models.weights import write_weight
+from bitsearch.policy import load_policy
+from bitsearch.score import assignment, candidate_weights, check_model
+from bitsearch.session import pick_device
+from bitsearch.units import Matrix, ModelLayout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bitsearch.objectives.weights import CandidateWeights
+
+Progress = Callable[[str, int, int], None]
+Decisions = list[tuple[Matrix, Format]]
+
+_WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def quantize_model(
+    model: str,
+    policy_path: Path,
+    out: Path,
+    *,
+    packed: bool,
+    dtype: str | None,
+    statistics: Path | None,
+    device: str,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write a model under a policy; weights are those that `eval` measures.
+
+    Args:
+        model: model reference; must be the one that the policy was made for.
+        policy_path: the policy file.
+        out: folder to make; it appears when it is complete.
+        packed: exact bytes in bitsearch's own layout, instead of a fake-quantized folder.
+        dtype: of the weights, or of a packed checkpoint's kept tensors: `bfloat16`,
+            `float16`, or `float32` if not packed. None: float16 if the model is, else bfloat16.
+        statistics: calibration statistics; by default the file that the policy names.
+        device: where to quantize.
+        force: replace a checkpoint that bitsearch wrote before.
+        progress: called with stage, done, total.
+
+    Raises:
+        UsageError: the dtype cannot be used.
+        BadInput: model and policy do not fit, or something else is in the way.
+        OutOfResources: the disk is full, or cannot be written.
+    """
+    policy = load_policy(policy_path)
+    layout, _, source = open_layout(model)
+    dtype = _dtype(dtype, layout, packed)
+    source = with_weights(source)
+    check_model(policy, policy_path, source)
+    decisions = [(u.matrices[0], format) for u, format in assignment(policy, layout)]
+    size = policy.achieved.bytes if packed else _WIDTHS[dtype] * layout.parameters
+    with _appearing(out, size, force) as folder:
+        loaded = load_model(source, dtype="float32", device=pick_device(device))
+        weights = candidate_weights(loaded.model, policy, policy_path, statistics, cache_bytes=0)
+        content = policy_path.read_bytes()
+        # Quantizing reads no weight but the matrix's own, so each may be replaced in turn.
+        if packed:
+            tensors = _packed(loaded, weights, decisions, dtype, progress)
+        else:
+            _replace(loaded, weights, decisions, dtype, progress)
+        progress("writing", 0, 1)
+        with _saving(out), quiet():
+            if packed:
+                _save_packed(loaded, tensors, metadata(content), dtype, folder)
+            else:
+                loaded.model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+            (folder / POLICY).write_bytes(content)
+        progress("writing", 1, 1)
+        files = sorted(folder.glob("*.safetensors"))
+        found = {
+            "model": model,
+            "policy": str(policy_path),
+            "out": str(out),
+            "packed": packed,
+            "dtype": dtype,
+            "policy_bytes": policy.achieved.bytes,
+            "files": {file.name: file.stat().st_size for file in files},
+        }
+    return found
+
+
+def _dtype(asked: str | None, layout: ModelLayout, packed: bool) -> str:
+    """The dtype to write."""
+    if asked is None:
+        return "float16" if layout.dtype == "float16" else "bfloat16"
+    if asked not in _WIDTHS:
+        raise UsageError(f"--dtype {asked}: write {', '.join(_WIDTHS)}")
+    if packed and _WIDTHS[asked] != 2:
+        raise UsageError(
+            f"--dtype {asked}: a packed checkpoint holds 16-bit tensors, which the policy counts; "
+            "leave --dtype away, its quantized weights are exact"
+        )
+    return asked
+
+
+def _packed(
+    loaded: LoadedModel,
+    weights: CandidateWeights,
+    decisions: Decisions,
+    dtype: str,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Every stored tensor by name."""
+    found: dict[str, Tensor] = {}
+    types = {"bf16": "bfloat16", "fp16": "float16"}
+    for done, (matrix, format) in enumerate(decisions):
+        progress("quantizing", done, len(decisions))
+        if format.exact:
+            parameter = loaded.model.get_parameter(matrix.name)
+            found[matrix.name] = _rounded(matrix.name, parameter, types[format.kind])
+        else:
+            found |= entries(matrix.name, weights.quantized(matrix, format))
+    for name in loaded.layout.kept:
+        found[name] = _rounded(name, loaded.model.get_parameter(name), dtype)
+    buffers = persistent_buffers(loaded.model)
+    found |= {name: buffer.contiguous().cpu() for name, buffer in buffers.items()}
+    progress("quantizing", len(decisions), len(decisions))
+    return found
+
+
+def _save_packed(
+    loaded: LoadedModel, tensors: dict[str, Tensor], header: dict[str, str], dtype: str, to: Path
+) -> None:
+    """A packed checkpoint without its tokenizer and policy."""
+    from safetensors.torch import save_file
+
+    model: Any = loaded.model
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(to)
+    if model.can_generate():
+        model.generation_config.save_pretrained(to)
+    save_file(tensors, to / PACKED, metadata=header)
+
+
+def _replace(
+    loaded: LoadedModel,
+    weights: CandidateWeights,
+    decisions: Decisions,
+    dtype: str,
+    progress: Progress,
+) -> None:
+    """Put every weight's dequantized value in place, then round all parameters."""
+    for done, (matrix, format) in enumerate(decisions):
+        progress("quantizing", done, len(decisions))
+        write_weight(loaded.model, matrix, weights.candidate(matrix, format))
+    progress("quantizing", len(decisions), len(decisions))
+    # Not `model.to`: buffers keep their dtype, as they do in the original checkpoint.
+    for name, parameter in loaded.model.named_parameters():
+        parameter.data = _rounded(name, parameter, dtype)
+
+
+def _rounded(name: str, values: torch.Tensor, dtype: str) -> Tensor:
+    """A contiguous copy on the CPU in a dtype that holds every value."""
+    import torch
+
+    found = values.detach().to("cpu", getattr(torch, dtype)).contiguous()
+    if not found.isfinite().all():
+        raise BadInput(
+            f"{name} holds weights up to {float(values.abs().max()):.3g}, beyond {dtype}; "
+            "use --dtype bfloat16"
+        )
+    return found
+
+
+@contextmanager
+def _appearing(out: Path, size: int, force: bool) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes it, whole, when the body is done."""
+    out = Path(os.path.abspath(out))
+    _check_replaceable(out, force)
+    with _saving(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    aside = beside.with_name(f"{beside.name}.old")
+    try:
+        free = shutil.disk_usage(beside).free
+        if free < size:
+            raise OutOfResources(f"{out} takes {size:,} bytes, and {free:,} are free there")
+        yield beside
+        with _saving(out):
+            for path in [*beside.iterdir(), beside]:
+                path.chmod(0o755 if path.is_dir() else 0o644)
+                _sync(path)
+            if out.exists():
+                os.replace(out, aside)
+            os.replace(beside, out)
+            _sync(out.parent)
+    except BaseException:
+        if aside.exists() and not out.exists():
+            os.replace(aside, out)
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
+    """Refuse to write over anything but an empty folder, or with force an own checkpoint."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise BadInput(f"{out} is in the way and is not a folder; choose another --out")
+    holds = set(os.listdir(out))
+    if not holds:
+        return
+    ours = {POLICY, "config.json"} <= holds and "space.json" not in holds
+    if not ours:
+        raise BadInput(f"{out} holds something else than a checkpoint; choose another --out")
+    if not force:
+        raise BadInput(f"{out} exists already; --force replaces it, or choose another --out")
+
+
+@contextmanager
+def _saving(out: Path) -> Iterator[None]:
+    """Turn a failure to write into one line that names the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise OutOfResources(
+            f"cannot write {out}: {error.strerror or error}; no part of it was kept"
+        ) from error
+    except SafetensorError as error:
+        raise OutOfResources(f"cannot write {out}: {error}; no part of it was kept") from error
+
+
+def _sync(path: Path) -> None:
+    """Let a file or the entries of a folder reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
