@@ -12,6 +12,34 @@ import typer
 
 from bitsearch.console import Stages, reporting
 from bitsearch.errors import UsageError
+from bitsearch.options import (
+    AtLeast,
+    Budgets,
+    CalibrationText,
+    Candidates,
+    Damage,
+    Device,
+    Distinct,
+    Dtype,
+    EvaluationText,
+    Freeze,
+    Fuse,
+    Json,
+    Length,
+    MaybeBudgets,
+    Model,
+    Out,
+    Revision,
+    Seed,
+    SelectionText,
+    Statistics,
+    Text,
+    Tie,
+    Windows,
+    frozen_formats,
+    least_bits,
+    own_texts,
+)
 from bitsearch.settings import DEFAULT_CANDIDATES
 
 if TYPE_CHECKING:
@@ -24,62 +52,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str, typer.Argument(help="Built-in name, folder, GGUF file, hub id, or a run directory.")
-]
-Budgets = Annotated[
-    list[str],
-    typer.Option(
-        "--budget", "-b", help="3.5bpw, 3.5bpw@linear, 600MB, 1.2GiB or 0.8x; repeatable."
-    ),
-]
-MaybeBudgets = Annotated[
-    list[str] | None,
-    typer.Option("--budget", "-b", help="As for `plan`; repeatable; a recipe may bring its own."),
-]
-Candidates = Annotated[
-    str | None, typer.Option(help=f"Formats a unit may take.  [default: {DEFAULT_CANDIDATES}]")
-]
-Freeze = Annotated[
-    list[str] | None, typer.Option(help="PATTERN=FORMAT: fix matching units; repeatable.")
-]
-Fuse = Annotated[
-    bool | None,
-    typer.Option("--fuse/--no-fuse", help="One format for q/k/v and for gate/up.  [default: fuse]"),
-]
-AtLeast = Annotated[
-    list[str] | None, typer.Option(help="PATTERN=BITS: fewest bits of matching units; repeatable.")
-]
-Tie = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="PATTERN: one format for all matching units; {block} in it: in each block; repeatable."
-    ),
-]
-Distinct = Annotated[int | None, typer.Option(min=1, help="Most different formats in the policy.")]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(help="Text cut into calibration, selection and evaluation parts; repeatable."),
-]
-CalibrationText = Annotated[str | None, typer.Option(help="Text for calibration alone.")]
-SelectionText = Annotated[str | None, typer.Option(help="Text for selection alone.")]
-EvaluationText = Annotated[str | None, typer.Option(help="Held-out text.")]
-Length = Annotated[int | None, typer.Option(min=16, help="Tokens a window.  [default: 512]")]
-Windows = Annotated[
-    str | None,
-    typer.Option(help="Calibration, selection and evaluation windows.  [default: 16,16,32]"),
-]
-Dtype = Annotated[str | None, typer.Option(help="Dtype to compute in.  [default: float32]")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed.  [default: 0]")]
-Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.")]
-Damage = Annotated[str, typer.Option(help="Damage estimator: see `bitsearch list estimators`.")]
-Statistics = Annotated[
-    Path | None, typer.Option(help="Calibration statistics, if not beside the policy.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command()
@@ -102,7 +74,7 @@ def plan(
             model,
             budget,
             candidates=candidates or DEFAULT_CANDIDATES,
-            frozen=_frozen(freeze) or {},
+            frozen=frozen_formats(freeze) or {},
             fuse=fuse is not False,
             revision=revision,
         )
@@ -133,8 +105,8 @@ def measure(
     with (
         reporting(),
         _session(
-            model, out_, device, candidates=candidates, frozen=_frozen(freeze), fuse=fuse,
-            texts=text, own_texts=_own(calibration_text, selection_text, evaluation_text),
+            model, out_, device, candidates=candidates, frozen=frozen_formats(freeze), fuse=fuse,
+            texts=text, own_texts=own_texts(calibration_text, selection_text, evaluation_text),
             length=length, windows=windows, dtype=dtype, seed=seed, revision=revision,
         ) as session,
         Stages() as stages,
@@ -215,8 +187,8 @@ def search(
             quantizer=quantizer, length=length, windows=windows,
         ) as (used, resolved),
         _session(
-            model, out_, device, frozen=_frozen(freeze),
-            texts=text, own_texts=_own(calibration_text, selection_text, evaluation_text),
+            model, out_, device, frozen=frozen_formats(freeze),
+            texts=text, own_texts=own_texts(calibration_text, selection_text, evaluation_text),
             dtype=dtype, seed=seed, revision=revision,
             **{name: used[name] for name in _RECIPE_SETTINGS},
         ) as session,
@@ -227,7 +199,7 @@ def search(
         from bitsearch.search import Request
         from bitsearch.search import search as run_search
 
-        rules = Rules(_least_bits(at_least), tuple(tie or ()), distinct)
+        rules = Rules(least_bits(at_least), tuple(tie or ()), distinct)
         request = Request(
             tuple(used["budget"] or ()),
             used["damage"] or "fisher_output",
@@ -377,28 +349,6 @@ def _emit(found: Any, as_json: bool, show: Any) -> None:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
     else:
         show()
-
-
-def _frozen(freeze: list[str] | None) -> dict[str, str] | None:
-    if not freeze:
-        return None
-    pairs = [entry.rpartition("=") for entry in freeze]
-    if any(not pattern for pattern, _, _ in pairs):
-        raise UsageError("--freeze takes PATTERN=FORMAT, such as 'model.embed_tokens=int8-g64'")
-    return {pattern: name for pattern, _, name in pairs}
-
-
-def _least_bits(at_least: list[str] | None) -> dict[str, int]:
-    pairs = [entry.rpartition("=") for entry in at_least or ()]
-    if any(not pattern or not bits.isdigit() for pattern, _, bits in pairs):
-        raise UsageError("--at-least takes PATTERN=BITS, such as 'model.layers.0.*=4'")
-    return {pattern: int(bits) for pattern, _, bits in pairs}
-
-
-def _own(*texts: str | None) -> dict[str, str] | None:
-    purposes = ("calibration", "selection", "evaluation")
-    given = {p: text for p, text in zip(purposes, texts, strict=True) if text is not None}
-    return given or None
 
 
 _RECIPE_SETTINGS = ("candidates", "fuse", "quantizer", "length", "windows")

@@ -36,7 +36,7 @@ LAYERS = (
         "search",
     },
     {"catalogue", "check", "exporters", "report", "testing", "testing_measured"},
-    {"__main__", "cli", "console", "printing"},
+    {"__main__", "cli", "console", "options", "printing"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
