@@ -67,6 +67,7 @@ def _quantizers() -> Rows:
 
 def _formats() -> Rows:
     from bitsearch.formats import parse_format
+    from bitsearch.formats.codebook import LUT_BITS
     from bitsearch.formats.gguf import BLOCKS
     from bitsearch.formats.integer import INT_BITS
     from bitsearch.formats.levels import TABLES
@@ -80,7 +81,10 @@ def _formats() -> Rows:
     for kind, table in TABLES.items():
         free = not table.block and table.scale == "float16"
         names += [f"{kind}-g32", f"{kind}-g64", f"{kind}-g128"] if free else [kind]
-    formats = [parse_format(name) for name in (*names, *BLOCKS, "dialect4-b32", "bf16", "fp16")]
+    codebooks = [f"lut{bits}-row" for bits in LUT_BITS]
+    formats = [
+        parse_format(name) for name in (*names, *BLOCKS, *codebooks, "dialect4-b32", "bf16", "fp16")
+    ]
     return [
         {"name": f.name, "about": f"{8 * f.bytes(4096, 4096) / 4096**2:.4f} bpw at 4096 × 4096"}
         for f in formats

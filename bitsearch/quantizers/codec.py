@@ -21,6 +21,7 @@ GROUP = "bitsearch.codecs"
 CODECS = {
     "int": "bitsearch.quantizers.integer:CODEC",
     **dict.fromkeys(TABLES, "bitsearch.quantizers.levelled:CODEC"),
+    "lut": "bitsearch.quantizers.codebook:CODEC",
     "dialect4": "bitsearch.quantizers.dialect:CODEC",
     **dict.fromkeys(BLOCKS, "bitsearch.quantizers.gguf_blocks:CODEC"),
 }
