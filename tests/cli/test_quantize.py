@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsearch import checkpoint
@@ -78,6 +78,21 @@ def test_checkpoints_are_as_good_as_the_policy(cli: Any, place: Any, tmp_path: P
     assert tokens == AutoTokenizer.from_pretrained(place.model)(text)["input_ids"]
 
 
+def test_the_quantizer_is_that_of_the_policy(cli: Any, place: Any, tmp_path: Path) -> None:
+    """One that needs more statistics, and gives other weights than rounding to nearest."""
+    as_dtype(place.model, torch.bfloat16)
+    cli(*place.search("4.5bpw", "--quantizer", "gptq", "--candidates", "int{3,4}-g16,bf16"))
+    policy, packed = place.run / "policy.json", tmp_path / "packed"
+    cli("quantize", place.model, "--policy", policy, "--out", packed, "--packed")
+    measured = scores(cli, place, place.model, "--policy", policy)
+    assert scores(cli, place, packed) == measured
+
+    other = json.loads(policy.read_text())
+    other["quantizer"]["method"] = "rtn"
+    (place.run / "rtn.json").write_text(json.dumps(other))
+    assert scores(cli, place, place.model, "--policy", place.run / "rtn.json")[0] != measured[0]
+
+
 def test_the_dtype_is_that_of_the_model(cli: Any, searched: Any, tmp_path: Path) -> None:
     place, policy = searched.place, searched.run / "policy.json"
 
@@ -105,6 +120,20 @@ def test_a_float16_model_stays_one(cli: Any, place: Any, tmp_path: Path) -> None
     cli("quantize", place.model, "--policy", policy, "--out", packed, "--packed")
     assert load_file(packed / "packed.safetensors")["model.norm.weight"].dtype == torch.float16
     assert scores(cli, place, packed) == scores(cli, place, place.model, "--policy", policy)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_beyond_the_dtype(cli: Any, place: Any, searched: Any, packed: bool) -> None:
+    file, name = place.model / "model.safetensors", "model.norm.weight"
+    weights = load_file(file)
+    weights[name][5] = 1e5
+    save_file(weights, file, metadata={"format": "pt"})
+    told = ("quantize", place.model, "--policy", searched.run / "policy.json", "--out",
+            place.path / "out", *["--packed"] * packed)  # fmt: skip
+    line = cli(*told, "--dtype", "float16").complaint(4)
+    assert f"{name} holds weights up to 1e+05, beyond float16" in line
+    assert not (place.path / "out").exists()
+    assert cli(*told).code == 0
 
 
 def test_a_policy_of_another_model(cli: Any, searched: Any, tmp_path: Path) -> None:
