@@ -3,8 +3,9 @@
 Two kinds. A *fake-quantized* one is an ordinary folder of 16-bit safetensors that
 transformers opens anywhere: each weight is the value that its format stands for, rounded
 to bfloat16 (float16 if the model itself is). That rounding moves a weight by at most
-2⁻⁸ of itself in bfloat16 and 2⁻¹¹ in float16, far less than quantization; `float32` has
-the exact values. A *packed* one holds exactly the bytes that the policy counts
+2⁻⁸ of itself in bfloat16, and 2⁻¹¹ in float16 above its subnormal range. The KL of
+SmolLM2-135M in int4-g64 went from 0.5741 to 0.5748 by it (1024 tokens); `float32` has the
+exact values. A *packed* one holds exactly the bytes that the policy counts
 (`bitsearch.models.packed`).
 """
 
