@@ -12,18 +12,16 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from bitsearch import registry
-from bitsearch.formats import Format
-from bitsearch.formats.gguf import BLOCKS
-from bitsearch.formats.levels import TABLES
+from bitsearch.formats import Format, gguf, levels
 
 GROUP = "bitsearch.codecs"
 
 CODECS = {
     "int": "bitsearch.quantizers.integer:CODEC",
-    **dict.fromkeys(TABLES, "bitsearch.quantizers.levelled:CODEC"),
+    **dict.fromkeys(levels.TABLES, "bitsearch.quantizers.levelled:CODEC"),
     "lut": "bitsearch.quantizers.codebook:CODEC",
     "dialect4": "bitsearch.quantizers.dialect:CODEC",
-    **dict.fromkeys(BLOCKS, "bitsearch.quantizers.gguf_blocks:CODEC"),
+    **dict.fromkeys(gguf.BLOCKS, "bitsearch.quantizers.gguf_blocks:CODEC"),
 }
 
 
