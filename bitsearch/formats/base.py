@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """A numeric format; each family is a subclass in a file of its own.
 
     Attributes:
@@ -22,23 +23,23 @@ class Format:
     symmetric: bool = True
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The short form, as it appears in a policy."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def family(self) -> str:
         """What formats share that differ in width alone; '' if weights are kept as they are."""
-        raise NotImplementedError
 
     @property
     def exact(self) -> bool:
         """Whether weights of that 16-bit type are kept as they are."""
         return False
 
+    @abstractmethod
     def bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of an (out_features, in_features) matrix, metadata included."""
-        raise NotImplementedError
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of that length can be stored."""
