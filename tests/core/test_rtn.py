@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitsearch.errors import BadInput
 from bitsearch.formats import Format, parse_format
+from bitsearch.formats.integer import IntFormat
 from bitsearch.quantizers.quantized import unpack
 from bitsearch.quantizers.rtn import quantize
 
@@ -21,7 +22,7 @@ PLAIN = {
     "row": (0.506, 0.0897, 0.0196, 0.00458, 0.00111),
 }
 formats = st.builds(
-    Format,
+    IntFormat,
     kind=st.just("int"),
     bits=st.integers(2, 8),
     group_size=st.sampled_from([None, 1, 5, 16, 32]),
