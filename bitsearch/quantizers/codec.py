@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitsearch import registry
 from bitsearch.formats import Format, gguf, levels
+from bitsearch.quantizers.second_moment import SecondMoment
 
 GROUP = "bitsearch.codecs"
 
@@ -59,11 +60,15 @@ class Codec:
             values in that column, and what they decode to, with the scales as they are.
             The matrix is a dataclass with (out, in) `codes`. None if codes cannot be
             chosen one by one.
+        feed_back: of a format in two parts: (weight, format, importance, second moment)
+            -> encoded matrix, errors fed back from part to part, no row's output error
+            greater than without. None for the others.
     """
 
     round_to_nearest: Callable[[Tensor, Any, Tensor | None], Encoded]
     unpack: Callable[[dict[str, Tensor], Any, int], Encoded]
     nearest: Nearest | None = None
+    feed_back: Callable[[Tensor, Any, Tensor | None, SecondMoment], Encoded] | None = None
 
 
 def codec_of(format: Format) -> Codec:

@@ -1,8 +1,7 @@
 """GPTQ: columns are rounded one after another, and the rest makes up for each error.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", ICLR 2023, section 3: with UᵀU = (G + λI)⁻¹, U upper triangular, the
-error of column j, e = (w_j − ŵ_j) / U_jj, moves the columns k after it by −e·U_jk.
+Transformers", ICLR 2023, section 3; the update is in `bitsearch.quantizers.feedback`.
 
 Columns come in the order of the diagonal of G. Scales and zero points are those of
 `rtn`, found before anything moves, so that groups stay contiguous columns and the
@@ -12,6 +11,8 @@ a matrix in a format is then the same tensor in every policy.
 Of each row, the codes of `rtn` are kept where their output error Tr(Δ G Δᵀ) is less:
 damping and clipping can make the feedback lose. Cost: O(in³) once for a G, O(out · in²)
 for each candidate. Gains little where inputs are uncorrelated, or calibration is short.
+
+Formats in two parts have an order of their own (`Codec.feed_back`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from torch import Tensor
 from bitsearch.errors import UsageError
 from bitsearch.formats import Format
 from bitsearch.quantizers.codec import Encoded, Nearest, codec_of
+from bitsearch.quantizers.feedback import feed_back, output_errors
 from bitsearch.quantizers.second_moment import SecondMoment
-
-BLOCK = 128
 
 
 def quantize(
@@ -49,42 +49,32 @@ def quantize(
         BadInput: a scale is out of the format's range.
     """
     codec = codec_of(format)
-    if codec.nearest is None:
+    if codec.nearest is None and codec.feed_back is None:
         raise UsageError(
             f"quantizer 'gptq' cannot round into {format.name}: its scales are no stored tensor "
             "of their own; use --quantizer rtn, or int, table and lut formats"
         )
-    plain: Any = codec.round_to_nearest(weight, format, importance)
     if moment is None:
-        rounded: Encoded = plain
-        return rounded
+        return codec.round_to_nearest(weight, format, importance)
+    if codec.feed_back is not None:
+        return codec.feed_back(weight, format, importance, moment)
+    assert codec.nearest is not None
     weight = weight.float()
+    plain: Any = codec.round_to_nearest(weight, format, importance)
     fed = replace(plain, codes=_fed_back(weight, plain, codec.nearest, moment))
     better = output_errors(weight, fed, moment) < output_errors(weight, plain, moment)
     kept: Encoded = replace(plain, codes=torch.where(better[:, None], fed.codes, plain.codes))
     return kept
 
 
-def output_errors(weight: Tensor, encoded: Encoded, moment: SecondMoment) -> Tensor:
-    """(out,) δ G δᵀ of each row's error δ: mean square of the change of that output."""
-    error = encoded.dequantize().sub_(weight)
-    return (error @ moment.matrix).mul_(error).sum(1)
-
-
-def _fed_back(weight: Tensor, plain: Encoded, nearest: Nearest, moment: SecondMoment) -> Tensor:
+def _fed_back(weight: Tensor, plain: Any, nearest: Nearest, moment: SecondMoment) -> Tensor:
     """(out, in) codes, with the scales of `plain`."""
     order, upper = moment.feedback
-    columns = order.tolist()
-    left = weight.mT[order].contiguous()  # (in, out): what is still to be rounded
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    for start in range(0, len(left), BLOCK):
-        end = min(start + BLOCK, len(left))
-        errors = torch.empty_like(left[start:end])
-        for place in range(start, end):
-            found, value = nearest(plain, left[place], columns[place])
-            codes[:, columns[place]] = found
-            error = (left[place] - value).div_(upper[place, place])
-            left[place + 1 : end].addr_(upper[place, place + 1 : end], error, alpha=-1)
-            errors[place - start] = error
-        left[end:].addmm_(upper[start:end, end:].mT, errors, alpha=-1)
+    codes = torch.empty_like(plain.codes)
+
+    def round_column(values: Tensor, column: int) -> Tensor:
+        codes[:, column], decoded = nearest(plain, values, column)
+        return decoded
+
+    feed_back(weight, order.tolist(), upper, round_column)
     return codes

@@ -25,18 +25,24 @@ class SecondMoment:
     def feedback(self) -> tuple[Tensor, Tensor]:
         """Columns in the order of rounding, and the factor for columns in that order.
 
-        The order is that of the diagonal of G, largest first. The factor U is upper
-        triangular, UᵀU = (G + λI)⁻¹ with λ = 1 % of the mean of the diagonal
-        (Frantar et al., "GPTQ", ICLR 2023, section 3.3, steps 2 and 3). Computed once.
+        The order is that of the diagonal of G, largest first. Computed once.
 
         Returns:
             (in,) int64 columns and (in, in) float32 U.
         """
-        diagonal = self.matrix.diagonal()
-        order = diagonal.argsort(descending=True, stable=True)
+        order = self.matrix.diagonal().argsort(descending=True, stable=True)
+        return order, self.factor(order)
+
+    def factor(self, order: Tensor) -> Tensor:
+        """(in, in) float32 U, upper triangular, UᵀU = (G + λI)⁻¹ of columns in an order.
+
+        λ is 1 % of the mean of the diagonal (Frantar et al., "GPTQ", ICLR 2023, section
+        3.3, steps 2 and 3).
+        """
         damped = self.matrix[order][:, order].double()
         damped.diagonal().add_(DAMPING * damped.diagonal().mean())
         # G = RRᵀ with R upper triangular is a Cholesky factor read backwards; then U = R⁻¹.
         upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
         unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-        return order, torch.linalg.solve_triangular(upper, unit, upper=True).float()
+        found: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True).float()
+        return found

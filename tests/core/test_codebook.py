@@ -14,7 +14,7 @@ from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import parse_format
 from bitsearch.quantizers import codebook
 from bitsearch.quantizers.codec import codec_of
-from bitsearch.quantizers.gptq import output_errors
+from bitsearch.quantizers.feedback import output_errors
 from bitsearch.quantizers.gptq import quantize as gptq
 from bitsearch.quantizers.rtn import quantize
 from bitsearch.quantizers.second_moment import SecondMoment

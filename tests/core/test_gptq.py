@@ -14,7 +14,8 @@ from bitsearch.errors import UsageError
 from bitsearch.formats import parse_format
 from bitsearch.quantizers import QUANTIZERS, load_quantizer, needs_second_moments
 from bitsearch.quantizers.codec import codec_of
-from bitsearch.quantizers.gptq import output_errors, quantize
+from bitsearch.quantizers.feedback import output_errors
+from bitsearch.quantizers.gptq import quantize
 from bitsearch.quantizers.rtn import quantize as rtn
 from bitsearch.quantizers.second_moment import SecondMoment
 
