@@ -73,10 +73,10 @@ def _formats() -> Rows:
     from bitsearch.formats.levels import TABLES
 
     names = [
-        f"int{bits}-{group}{symmetric}"
+        f"int{bits}-{group}{zero}"
         for bits in INT_BITS
         for group in ("g32", "g64", "g128", "row")
-        for symmetric in ("", "-sym")
+        for zero in ("", "-sym", "-fz")
     ]
     for kind, table in TABLES.items():
         free = not table.block and table.scale == "float16"

@@ -29,6 +29,7 @@ from bitsearch.options import (
     MaybeBudgets,
     Model,
     Out,
+    Quantizer,
     Revision,
     Seed,
     SelectionText,
@@ -86,6 +87,7 @@ def measure(
     model: Model,
     out_: Out = None,
     damage: Damage = "fisher_output",
+    quantizer: Quantizer = None,
     candidates: Candidates = None,
     freeze: Freeze = None,
     fuse: Fuse = None,
@@ -108,6 +110,7 @@ def measure(
             model, out_, device, candidates=candidates, frozen=frozen_formats(freeze), fuse=fuse,
             texts=text, own_texts=own_texts(calibration_text, selection_text, evaluation_text),
             length=length, windows=windows, dtype=dtype, seed=seed, revision=revision,
+            quantizer=quantizer,
         ) as session,
         Stages() as stages,
     ):  # fmt: skip
@@ -155,9 +158,7 @@ def search(
             help="URL of a database for the solver's study.  [default: a file in the run]"
         ),
     ] = None,
-    quantizer: Annotated[
-        str | None, typer.Option(help="See `bitsearch list quantizers`.  [default: rtn]")
-    ] = None,
+    quantizer: Quantizer = None,
     candidates: Candidates = None,
     freeze: Freeze = None,
     at_least: AtLeast = None,

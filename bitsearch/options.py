@@ -61,6 +61,9 @@ Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.")]
 Damage = Annotated[str, typer.Option(help="Damage estimator: see `bitsearch list estimators`.")]
+Quantizer = Annotated[
+    str | None, typer.Option(help="See `bitsearch list quantizers`.  [default: rtn]")
+]
 Statistics = Annotated[
     Path | None, typer.Option(help="Calibration statistics, if not beside the policy.")
 ]

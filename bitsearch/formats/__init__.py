@@ -11,11 +11,19 @@ from __future__ import annotations
 import re
 
 from bitsearch.errors import UsageError
-from bitsearch.formats import codebook, dialect, gguf, integer, levels, sixteen
+from bitsearch.formats import affine, codebook, dialect, gguf, integer, levels, sixteen
 from bitsearch.formats.base import Format
 from bitsearch.formats.sixteen import BF16, FP16
 
-_PARSERS = (integer.parse, sixteen.parse, levels.parse, gguf.parse, dialect.parse, codebook.parse)
+_PARSERS = (
+    integer.parse,
+    affine.parse,
+    sixteen.parse,
+    levels.parse,
+    gguf.parse,
+    dialect.parse,
+    codebook.parse,
+)
 
 
 def parse_format(name: str) -> Format:

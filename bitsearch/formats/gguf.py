@@ -22,6 +22,8 @@ BLOCKS: Mapping[str, tuple[int, int, int, int]] = {
     "gguf-q5_0": (5, 32, 22, 32),
     "gguf-q5_1": (5, 32, 24, 32),
     "gguf-q8_0": (8, 32, 34, 32),
+    "gguf-iq4_nl": (4, 32, 18, 32),
+    "gguf-iq4_xs": (4, 256, 136, 32),
     "gguf-mxfp4": (4, 32, 17, 32),
 }
 
@@ -56,5 +58,6 @@ def parse(name: str) -> GgufFormat | None:
     if name not in BLOCKS:
         return None
     bits, _, _, group = BLOCKS[name]
-    symmetric = name in ("gguf-q3_k", "gguf-q6_k") or name.endswith(("_0", "mxfp4"))
+    signed = ("gguf-q3_k", "gguf-q6_k", "gguf-iq4_nl", "gguf-iq4_xs")
+    symmetric = name in signed or name.endswith(("_0", "mxfp4"))
     return GgufFormat(name, bits, group, symmetric)

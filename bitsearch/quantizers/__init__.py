@@ -14,6 +14,7 @@ GROUP = "bitsearch.quantizers"
 
 QUANTIZERS = {
     "rtn": "bitsearch.quantizers.rtn:quantize",
+    "hqq": "bitsearch.quantizers.hqq:quantize",
     "gptq": "bitsearch.quantizers.gptq:quantize",
     "dialect_lookup": "bitsearch.quantizers.dialect:lookup",
 }

@@ -19,6 +19,7 @@ GROUP = "bitsearch.codecs"
 
 CODECS = {
     "int": "bitsearch.quantizers.integer:CODEC",
+    "affine": "bitsearch.quantizers.affine:CODEC",
     **dict.fromkeys(levels.TABLES, "bitsearch.quantizers.levelled:CODEC"),
     "lut": "bitsearch.quantizers.codebook:CODEC",
     "dialect4": "bitsearch.quantizers.dialect:CODEC",

@@ -1,4 +1,4 @@
-"""GGUF block types: encoded by the `gguf` library where it can, K types by our own search.
+"""GGUF block types: encoded by the `gguf` library where it can, K and IQ4 types by our search.
 
 Whatever encodes, the library decodes: values are what llama.cpp's own reader gives.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from bitsearch.errors import BadInput
 from bitsearch.formats.gguf import BLOCKS, GgufFormat
+from bitsearch.quantizers import gguf_iq, gguf_k
 from bitsearch.quantizers.codec import Codec
-from bitsearch.quantizers.gguf_k import ENCODERS
 
+_ENCODERS = {**gguf_k.ENCODERS, **gguf_iq.ENCODERS}
 _ROWS = 1 << 20  # weights encoded at a time
 
 
@@ -59,7 +60,7 @@ def ggml_type(format: GgufFormat) -> GGMLQuantizationType:
 def quantize(weight: Tensor, format: GgufFormat, importance: Tensor | None = None) -> Blocks:
     """Encode an (out, in) matrix.
 
-    The K types weigh the error by the importance of the inputs, as llama.cpp does
+    The K and IQ4 types weigh the error by the importance of the inputs, as llama.cpp does
     with an importance matrix; the library's own encoders take none.
 
     Raises:
@@ -70,15 +71,15 @@ def quantize(weight: Tensor, format: GgufFormat, importance: Tensor | None = Non
             f"{format.name} needs rows of whole blocks of {format.block} weights, not "
             f"{weight.shape[1]}; take another format for this matrix"
         )
-    if format.kind in ENCODERS:
-        encode = ENCODERS[format.kind]
+    if format.kind in _ENCODERS:
+        encode, size = _ENCODERS[format.kind], format.block
         h = torch.ones(weight.shape[1]) if importance is None else importance.float()
         h = h.to(weight.device).clamp(min=float(h.mean()) * 1e-6 or 1.0)
         rows = max(1, _ROWS // weight.shape[1])
         parts = [
-            encode(part.float().reshape(-1, 256), h.reshape(-1, 256).repeat(len(part), 1)).reshape(
-                len(part), -1
-            )
+            encode(
+                part.float().reshape(-1, size), h.reshape(-1, size).repeat(len(part), 1)
+            ).reshape(len(part), -1)
             for part in weight.split(rows)
         ]
         blocks = torch.cat(parts).cpu()

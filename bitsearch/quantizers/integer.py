@@ -61,7 +61,7 @@ def _search(weight: Tensor, h: Tensor, format: Format) -> tuple[Tensor, Tensor, 
     best = torch.full_like(low, torch.inf)
     # What no finite scale fits keeps an infinite one, which is refused.
     best_scale, best_zero = torch.full_like(low, torch.inf), torch.zeros_like(low)
-    for shrink in _shrinks(format):
+    for shrink in shrinks(format):
         if format.symmetric:
             # Codes reach one level further down than up: put the larger side there.
             sign = torch.where(-low >= high, 1.0, -1.0)
@@ -85,7 +85,7 @@ def _search(weight: Tensor, h: Tensor, format: Format) -> tuple[Tensor, Tensor, 
     return codes.to(torch.uint8), best_scale[..., 0].half(), best_zero[..., 0].to(torch.uint8)
 
 
-def _shrinks(format: Format) -> list[float]:
+def shrinks(format: Format) -> list[float]:
     """The ranges to try, as shares of min-max."""
     levels, steps = 2**format.bits - 1, _STEPS[format.bits]
     shares = [1 - (1 - _SHRINK[format.bits]) * index / (steps - 1) for index in range(steps)]

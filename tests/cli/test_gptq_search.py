@@ -1,7 +1,8 @@
-"""A search with a quantizer that needs second moments, and its policies afterwards."""
+"""Searches with other quantizers than the default, and their policies afterwards."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,20 @@ def test_gptq_refuses_block_types_of_ggml(cli: Any, place: Any) -> None:
     arguments[arguments.index("--candidates") + 1] = "gguf-q8_0,bf16"
     line = cli(*arguments).complaint(2)
     assert "'gptq' cannot round into gguf-q8_0" in line
+
+
+def test_a_table_measured_first_is_that_of_the_search(cli: Any, place: Any) -> None:
+    """`measure` and `search` take the same quantizer, and refuse another one on the same run."""
+    formats = ("--candidates", "int{3,4}-g16-fz,bf16")
+    asked = list(place.search("5bpw", "--quantizer", "hqq", *formats))
+    shared = asked[1:]
+    for option in ("--budget", "--diagnostics"):
+        at = shared.index(option)
+        del shared[at : at + 2]
+    cli("measure", *shared)
+    table = place.run / "tables" / "fisher_output.safetensors"
+    measured = table.read_bytes()
+    assert "quantizer='hqq'" in cli(*place.search("5bpw", *formats)).complaint(4)
+    found = cli(*asked, "--json").json
+    assert table.read_bytes() == measured and found["kl"] > 0
+    assert json.loads((place.run / "policy.json").read_text())["quantizer"]["method"] == "hqq"

@@ -59,6 +59,7 @@ def test_a_gguf_file_holds_the_values_that_were_measured(name: str, tmp_path: Pa
         ("gguf-q2_k", 0.105), ("gguf-q3_k", 0.024), ("gguf-q4_k", 0.0066),
         ("gguf-q5_k", 0.0016), ("gguf-q6_k", 0.00034), ("gguf-q4_0", 0.0080),
         ("gguf-q5_0", 0.0020), ("gguf-q8_0", 0.00003), ("gguf-mxfp4", 0.0140),
+        ("gguf-iq4_nl", 0.0066), ("gguf-iq4_xs", 0.0066),
     ],
 )  # fmt: skip
 def test_distortion(name: str, most: float) -> None:
@@ -77,7 +78,9 @@ def test_zeros_and_one_large_weight(name: str) -> None:
     assert found[1, 300] == pytest.approx(-8.0, rel=0.05) and torch.equal(found[0], weight[0])
 
 
-@pytest.mark.parametrize("name", ["gguf-q2_k", "gguf-q3_k", "gguf-q4_k"])
+@pytest.mark.parametrize(
+    "name", ["gguf-q2_k", "gguf-q3_k", "gguf-q4_k", "gguf-iq4_nl", "gguf-iq4_xs"]
+)
 def test_importance_moves_the_error_to_other_columns(name: str) -> None:
     weight, importance = normal(64, 256, 2), torch.ones(256)
     importance[::8] = 100.0
@@ -89,3 +92,20 @@ def test_importance_moves_the_error_to_other_columns(name: str) -> None:
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     with pytest.raises(BadInput, match="whole blocks of 256"):
         quantize(normal(2, 576), parse_format("gguf-q4_k"))
+
+
+@pytest.mark.parametrize("name", ["gguf-iq4_nl", "gguf-iq4_xs"])
+def test_values_that_a_block_can_hold_are_kept(name: str) -> None:
+    """Random blocks whose largest scale, and of each 32 weights the lowest entry, is in use."""
+    format, rng = parse_format(name), np.random.default_rng(0)
+    assert isinstance(format, GgufFormat)
+    size = format.bytes(1, format.block)
+    blocks = rng.integers(0, 256, (20, size), np.uint8)
+    halves = rng.uniform(0.001, 0.1, 20).astype(np.float16)
+    blocks[:, :2] = halves[:, None].view(np.uint8)
+    if name == "gguf-iq4_xs":
+        blocks[:, 2], blocks[:, 4] = blocks[:, 2] & 0xFC, blocks[:, 4] & 0xF0  # the first is −32
+    blocks[:, size % 16 :: 16] &= 0xF0  # a code 0 among each 32
+    values = gguf.quants.dequantize(blocks, ggml_type(format))
+    found = quantize(torch.from_numpy(values), format)
+    assert np.array_equal(found.dequantize().numpy(), values)

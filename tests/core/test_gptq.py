@@ -20,8 +20,8 @@ from bitsearch.quantizers.rtn import quantize as rtn
 from bitsearch.quantizers.second_moment import SecondMoment
 
 NAMES = [
-    "int4-g32", "int3-g16-sym", "int2-row", "int8-g32", "nf3-g16", "mxfp4", "nvfp4", "fp8",
-    "dialect4-b32",
+    "int4-g32", "int3-g16-sym", "int2-row", "int8-g32", "int3-g16-fz", "nf3-g16", "mxfp4", "nvfp4",
+    "fp8", "dialect4-b32",
 ]  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def test_no_row_is_worse_than_rounded_to_nearest(
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("int3-g32", 0.5), ("int4-g32", 0.5), ("nf3-g32", 0.5), ("mxfp4", 0.5)]
+    ("name", "share"),
+    [("int3-g32", 0.5), ("int3-g32-fz", 0.5), ("int4-g32", 0.5), ("nf3-g32", 0.5), ("mxfp4", 0.5)],
 )
 def test_correlated_inputs_lose_much_less(name: str, share: float) -> None:
     weight, moment = normal(64, 256, 0), correlated(256, 1024, 1)
