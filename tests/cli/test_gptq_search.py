@@ -49,7 +49,7 @@ def test_gptq_refuses_block_types_of_ggml(cli: Any, place: Any) -> None:
 def test_a_table_measured_first_is_that_of_the_search(cli: Any, place: Any) -> None:
     """`measure` and `search` take the same quantizer, and refuse another one on the same run."""
     formats = ("--candidates", "int{3,4}-g16-fz,bf16")
-    asked = list(place.search("5bpw", "--quantizer", "hqq", *formats))
+    asked = list(place.search("6bpw", "--quantizer", "hqq", *formats))
     shared = asked[1:]
     for option in ("--budget", "--diagnostics"):
         at = shared.index(option)
@@ -57,7 +57,7 @@ def test_a_table_measured_first_is_that_of_the_search(cli: Any, place: Any) -> N
     cli("measure", *shared)
     table = place.run / "tables" / "fisher_output.safetensors"
     measured = table.read_bytes()
-    assert "quantizer='hqq'" in cli(*place.search("5bpw", *formats)).complaint(4)
+    assert "quantizer='hqq'" in cli(*place.search("6bpw", *formats)).complaint(4)
     found = cli(*asked, "--json").json
     assert table.read_bytes() == measured and found["kl"] > 0
     assert json.loads((place.run / "policy.json").read_text())["quantizer"]["method"] == "hqq"
