@@ -24,6 +24,7 @@ def catalogue(kind: str) -> Rows:
         "formats": _formats,
         "models": _models,
         "recipes": _recipes,
+        "exporters": _exporters,
     }
     if kind not in kinds:
         raise UsageError(f"cannot list '{kind}'; write one of {', '.join(kinds)}")
@@ -95,6 +96,16 @@ def _models() -> Rows:
     from bitsearch.models.builtin import BUILTINS
 
     return [{"name": name, "about": model.about} for name, model in BUILTINS.items()]
+
+
+def _exporters() -> Rows:
+    from bitsearch.exporters import exporter_names, load_exporter
+
+    exporters = {name: load_exporter(name) for name in exporter_names()}
+    return [
+        {"name": name, "about": exporter.about, "imports": exporter.read is not None}
+        for name, exporter in exporters.items()
+    ]
 
 
 def _registered(group: str, builtin: Mapping[str, str]) -> Rows:

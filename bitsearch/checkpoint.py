@@ -11,15 +11,12 @@ exact values. A *packed* one holds exactly the bytes that the policy counts
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitsearch.errors import BadInput, OutOfResources, UsageError
+from bitsearch.appearing import appearing, saving
+from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import Format
 from bitsearch.models.load import LoadedModel, load_model, open_layout, quiet
 from bitsearch.models.packed import POLICY, entries, metadata, persistent_buffers
@@ -80,7 +77,7 @@ def quantize_model(
     check_model(policy, policy_path, source)
     decisions = [(u.matrices[0], format) for u, format in assignment(policy, layout)]
     size = policy.achieved.bytes if packed else _WIDTHS[dtype] * layout.parameters
-    with _appearing(out, size, force) as folder:
+    with appearing(out, size, force, (POLICY, "config.json")) as folder:
         loaded = load_model(source, dtype="float32", device=pick_device(device))
         weights = candidate_weights(loaded.model, policy, policy_path, statistics, cache_bytes=0)
         content = policy_path.read_bytes()
@@ -90,7 +87,7 @@ def quantize_model(
         else:
             _replace(loaded, weights, decisions, dtype, progress)
         progress("writing", 0, 1)
-        with _saving(out), quiet():
+        with saving(out), quiet():
             if packed:
                 _save_packed(loaded, tensors, metadata(content), dtype, folder)
             else:
@@ -193,74 +190,3 @@ def _rounded(name: str, values: torch.Tensor, dtype: str) -> Tensor:
             "use --dtype bfloat16"
         )
     return found
-
-
-@contextmanager
-def _appearing(out: Path, size: int, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes it, whole, when the body is done."""
-    out = Path(os.path.abspath(out))
-    _check_replaceable(out, force)
-    with _saving(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    aside = beside.with_name(f"{beside.name}.old")
-    try:
-        free = shutil.disk_usage(beside).free
-        if free < size:
-            raise OutOfResources(f"{out} takes {size:,} bytes, and {free:,} are free there")
-        yield beside
-        with _saving(out):
-            for path in [*beside.iterdir(), beside]:
-                path.chmod(0o755 if path.is_dir() else 0o644)
-                _sync(path)
-            if out.exists():
-                os.replace(out, aside)
-            os.replace(beside, out)
-            _sync(out.parent)
-    except BaseException:
-        if aside.exists() and not out.exists():
-            os.replace(aside, out)
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_replaceable(out: Path, force: bool) -> None:
-    """Refuse to write over anything but an empty folder, or with force an own checkpoint."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise BadInput(f"{out} is in the way and is not a folder; choose another --out")
-    holds = set(os.listdir(out))
-    if not holds:
-        return
-    ours = {POLICY, "config.json"} <= holds and "space.json" not in holds
-    if not ours:
-        raise BadInput(f"{out} holds something else than a checkpoint; choose another --out")
-    if not force:
-        raise BadInput(f"{out} exists already; --force replaces it, or choose another --out")
-
-
-@contextmanager
-def _saving(out: Path) -> Iterator[None]:
-    """Turn a failure to write into one line that names the path."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except OSError as error:
-        raise OutOfResources(
-            f"cannot write {out}: {error.strerror or error}; no part of it was kept"
-        ) from error
-    except SafetensorError as error:
-        raise OutOfResources(f"cannot write {out}: {error}; no part of it was kept") from error
-
-
-def _sync(path: Path) -> None:
-    """Let a file or the entries of a folder reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

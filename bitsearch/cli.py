@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from bitsearch.commands_export import add_commands
 from bitsearch.console import Stages, reporting
 from bitsearch.errors import UsageError
 from bitsearch.options import (
@@ -316,6 +317,9 @@ def quantize(
         _emit(found, json_, lambda: print_checkpoint(found))
 
 
+add_commands(app)
+
+
 @app.command()
 def check(
     path: Annotated[Path, typer.Argument(help="A policy, a table, or a run directory.")],
@@ -332,7 +336,10 @@ def check(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(help="estimators, solvers, formats, quantizers, models or recipes.")
+        str,
+        typer.Argument(
+            help="estimators, solvers, formats, quantizers, models, recipes or exporters."
+        ),
     ],
     json_: Json = False,
 ) -> None:

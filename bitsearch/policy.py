@@ -100,10 +100,10 @@ class PolicyMeasurement(_Strict):
 
 
 class PolicyDamage(_Strict):
-    """What was predicted, and what was measured on the real model."""
+    """What was predicted, and what was measured on the real model; `none` of an import."""
 
     estimator: str
-    predicted: float
+    predicted: float | None
     selection: PolicyMeasurement | None = None
     evaluation: PolicyMeasurement | None = None
 

@@ -140,6 +140,17 @@ def print_checkpoint(found: dict[str, Any]) -> None:
         out.print(f"packed it would be {found['policy_bytes']:,} bytes (--packed)")
 
 
+def print_export(found: dict[str, Any]) -> None:
+    """What was written, and what is lost."""
+    out.print(f"{escape(found['out'])}: {found['target']}, {', '.join(found['files'])}")
+    if found["tensor_bytes"] is not None:
+        out.print(f"{found['tensor_bytes']:,} bytes of weights")
+    for loss in found["losses"]:
+        out.print(
+            f"{loss['code']} {escape(loss['module'])}: {loss['from']} → {loss['to']}", style="dim"
+        )
+
+
 def _interval(pair: tuple[float, float]) -> str:
     return f"\\[{pair[0]:.4f}, {pair[1]:.4f}]"
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
-
 from bitsearch.contenders import Contender
 from bitsearch.formats import Format
 from bitsearch.policy import (
@@ -23,7 +21,10 @@ from bitsearch.policy import (
 )
 from bitsearch.run import STATISTICS
 from bitsearch.session import Session
-from bitsearch.space import Space
+from bitsearch.space import LINEAR_KINDS
+from bitsearch.units import Matrix, ModelLayout, Unit
+
+Assignment = Sequence[tuple[Unit, Sequence[tuple[Matrix, Format]]]]
 
 
 def make_policy(
@@ -37,44 +38,15 @@ def make_policy(
 ) -> Policy:
     """The policy file's content; free of times, so that a resumed run writes the same."""
     space, layout = session.space, session.space.layout
-    modules: dict[str, PolicyModule] = {}
-    formats: dict[str, PolicyFormat] = {}
-    for unit, format in space.assignment(contender.choice):
-        formats[format.name] = _declared(format)
-        for matrix in unit.matrices:
-            modules[matrix.name] = PolicyModule(
-                format=format.name,
-                unit=unit.name,
-                role=matrix.role,
-                block=unit.block,
-                shape=(matrix.out_features, matrix.in_features),
-                count=matrix.count,
-                bytes=matrix.count * format.bytes(matrix.out_features, matrix.in_features),
-            )
+    assignment: Assignment = [
+        (unit, [(matrix, format) for matrix in unit.matrices])
+        for unit, format in space.assignment(contender.choice)
+    ]
+    formats = {format.name: declared(format) for _, pairs in assignment for _, format in pairs}
     return Policy(
-        model=PolicyModel(
-            reference=layout.reference,
-            revision=layout.revision,
-            architecture=layout.architecture,
-            model_type=layout.model_type,
-            dtype=layout.dtype,
-            parameters=layout.parameters,
-            fingerprint=session.fingerprint,
-            tied=[list(names) for names in layout.tied],
-            fused={
-                unit.name: [matrix.name for matrix in unit.matrices]
-                for unit in space.units
-                if unit.kind == "fused"
-            },
-            experts={
-                matrix.name: matrix.count
-                for unit in space.units
-                if unit.kind == "experts"
-                for matrix in unit.matrices
-            },
-        ),
+        model=described_model(layout, session.fingerprint),
         formats=dict(sorted(formats.items())),
-        modules=modules,
+        modules=described_modules(assignment),
         excluded=dict(layout.excluded),
         quantizer=PolicyQuantizer(
             method=session.settings.quantizer,
@@ -85,7 +57,7 @@ def make_policy(
         ),
         calibration=session.corpora["calibration"].describe(),
         budgets=list(budgets),
-        achieved=_achieved(space, contender),
+        achieved=achieved(layout, assignment),
         damage=PolicyDamage(
             estimator=estimator,
             predicted=predicted,
@@ -108,7 +80,50 @@ def make_policy(
     )
 
 
-def _declared(format: Format) -> PolicyFormat:
+def described_model(layout: ModelLayout, hashes: dict[str, str]) -> PolicyModel:
+    """What a policy says of its model."""
+    return PolicyModel(
+        reference=layout.reference,
+        revision=layout.revision,
+        architecture=layout.architecture,
+        model_type=layout.model_type,
+        dtype=layout.dtype,
+        parameters=layout.parameters,
+        fingerprint=hashes,
+        tied=[list(names) for names in layout.tied],
+        fused={
+            unit.name: [matrix.name for matrix in unit.matrices]
+            for unit in layout.units
+            if unit.kind == "fused"
+        },
+        experts={
+            matrix.name: matrix.count
+            for unit in layout.units
+            if unit.kind == "experts"
+            for matrix in unit.matrices
+        },
+    )
+
+
+def described_modules(assignment: Assignment) -> dict[str, PolicyModule]:
+    """The decision for every tensor."""
+    return {
+        matrix.name: PolicyModule(
+            format=format.name,
+            unit=unit.name,
+            role=matrix.role,
+            block=unit.block,
+            shape=(matrix.out_features, matrix.in_features),
+            count=matrix.count,
+            bytes=matrix.count * format.bytes(matrix.out_features, matrix.in_features),
+        )
+        for unit, pairs in assignment
+        for matrix, format in pairs
+    }
+
+
+def declared(format: Format) -> PolicyFormat:
+    """A format as a policy declares it."""
     return PolicyFormat(
         kind=format.kind,
         bits=format.bits,
@@ -117,20 +132,24 @@ def _declared(format: Format) -> PolicyFormat:
     )
 
 
-def _achieved(space: Space, contender: Contender) -> Achieved:
-    assignment = space.assignment(contender.choice)
-    total = space.total_bytes(contender.choice)
-    chosen = space.bytes[np.arange(len(assignment)), contender.choice]
-    linear = sum(
-        u.parameters for (u, _), is_in in zip(assignment, space.linear, strict=True) if is_in
-    )
-    codes = sum(unit.parameters * format.bits for unit, format in assignment)
+def achieved(layout: ModelLayout, assignment: Assignment) -> Achieved:
+    """What a policy weighs in bitsearch's own packed layout."""
+    total, codes = layout.kept_bytes, 8 * layout.kept_bytes
+    linear_bytes = linear = 0
+    for unit, pairs in assignment:
+        for matrix, format in pairs:
+            size = matrix.count * format.bytes(matrix.out_features, matrix.in_features)
+            total += size
+            codes += matrix.parameters * format.bits
+            if unit.kind in LINEAR_KINDS:
+                linear_bytes += size
+                linear += matrix.parameters
     return Achieved(
         bytes=total,
-        kept_bytes=space.layout.kept_bytes,
-        bpw=8 * total / space.layout.parameters,
-        linear_bpw=8 * int(chosen[space.linear].sum()) / linear if linear else None,
-        nominal_bpw=(codes + 8 * space.layout.kept_bytes) / space.layout.parameters,
+        kept_bytes=layout.kept_bytes,
+        bpw=8 * total / layout.parameters,
+        linear_bpw=8 * linear_bytes / linear if linear else None,
+        nominal_bpw=codes / layout.parameters,
     )
 
 

@@ -53,7 +53,9 @@ def test_the_installed_command_and_the_module_are_the_same(tmp_path: Path) -> No
     assert bad.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["estimators", "solvers", "formats", "quantizers", "models"])
+@pytest.mark.parametrize(
+    "kind", ["estimators", "solvers", "formats", "quantizers", "models", "exporters"]
+)
 def test_lists_are_objects_with_a_name(cli: Any, kind: str) -> None:
     rows = cli("list", kind, "--json").json
     assert rows and all(row["name"] and row["about"] for row in rows)

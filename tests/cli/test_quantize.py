@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitsearch import checkpoint
+from bitsearch import appearing, checkpoint
 from bitsearch.checkpoint import quantize_model
 
 ASKED = ("--length", "16", "--windows", "6", "--json")
@@ -221,7 +221,7 @@ def test_stopped_halfway(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in (checkpoint, "_save_packed"), (checkpoint, "_sync"), (checkpoint.os, "replace"):
+    for place in (checkpoint, "_save_packed"), (appearing, "sync"), (appearing.os, "replace"):
         with monkeypatch.context() as patched:
             patched.setattr(*place, interrupt)
             cli(*told, "--force").complaint(130)
@@ -245,7 +245,7 @@ def test_too_little_room_is_told_before_the_work(
     policy = searched.run / "policy.json"
     needed = json.loads(policy.read_text())["achieved"]["bytes"]
     monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, needed - 1)
+        appearing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, needed - 1)
     )
     out = tmp_path / "out"
     line = cli("quantize", searched.place.model, "--policy", policy, "--out", out,

@@ -18,10 +18,10 @@ import pytest
 LAYERS = (
     {"errors", "formats", "registry", "units"},
     {"kernels", "quantizers"},
-    {"budget", "corpora", "models", "policy", "rules", "space", "texts"},
+    {"budget", "corpora", "models", "policy", "rules", "space", "targets", "texts"},
     {"objectives"},
     {"solvers"},
-    {"evaluate", "run", "settings", "tables"},
+    {"appearing", "evaluate", "run", "settings", "tables"},
     {"plan", "recipes", "session"},
     {
         "calibration_loss",
@@ -36,7 +36,7 @@ LAYERS = (
         "search",
     },
     {"catalogue", "check", "exporters", "report", "testing", "testing_measured"},
-    {"__main__", "cli", "console", "options", "printing"},
+    {"__main__", "cli", "commands_export", "console", "options", "printing"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

@@ -1,0 +1,74 @@
+"""The commands `export` and `import`: parsing and printing only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitsearch.console import Stages, reporting
+from bitsearch.options import Device, Json, Statistics
+
+
+def export(
+    policy: Annotated[Path, typer.Argument(help="Policy file.")],
+    to: Annotated[str, typer.Option("--to", help="See `bitsearch list exporters`.")],
+    out_: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model: writes its weights too, where the target can.")
+    ] = None,
+    allow_loss: Annotated[
+        str | None, typer.Option(help="Codes of accepted losses, separated by commas.")
+    ] = None,
+    statistics: Statistics = None,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an export.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a policy as another tool reads it, and say what is lost."""
+    with reporting(), Stages() as stages:
+        from bitsearch.exporters.pipeline import export_policy
+        from bitsearch.printing import print_export
+
+        found = export_policy(
+            policy,
+            to,
+            out_,
+            model=model,
+            allowed={code.strip() for code in (allow_loss or "").split(",") if code.strip()},
+            statistics=statistics,
+            device=device,
+            force=force,
+            progress=stages,
+        )
+        stages.__exit__()
+        typer.echo(json.dumps(found, indent=1)) if json_ else print_export(found)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="The other tool's file, or its folder.")],
+    from_: Annotated[str, typer.Option("--from", help="See `bitsearch list exporters`.")],
+    model: Annotated[str, typer.Option(help="The unquantized model.")],
+    out_: Annotated[Path, typer.Option("--out", "-o", help="Policy file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file.")] = False,
+    json_: Json = False,
+) -> None:
+    """Make a policy of another tool's mixed configuration."""
+    with reporting():
+        from bitsearch.exporters.pipeline import import_policy
+
+        found = import_policy(file, from_, model, out_, force=force)
+        if json_:
+            typer.echo(json.dumps(found, indent=1))
+            return
+        typer.echo(f"{found['policy']}: {found['bytes']:,} bytes, {found['bpw']:.3f} bpw")
+        for note in found["notes"]:
+            typer.echo(f"not in the policy: {note}")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add both to the command line."""
+    app.command()(export)
+    app.command(name="import")(import_)

@@ -1,0 +1,178 @@
+"""`bitsearch export` and `bitsearch import`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bitsearch.appearing import appearing, saving
+from bitsearch.errors import BadInput, UsageError
+from bitsearch.exporters import exporter_names, load_exporter
+from bitsearch.exporters.base import LOSSES, Checkpoint, Exported, Loss, Progress, Reading
+from bitsearch.formats import BF16
+from bitsearch.models.fingerprint import fingerprint
+from bitsearch.models.load import load_model, open_layout, quiet
+from bitsearch.models.packed import POLICY
+from bitsearch.models.source import with_weights
+from bitsearch.policy import Policy, PolicyDamage, PolicyQuantizer, load_policy, save_policy
+from bitsearch.record import Assignment, achieved, declared, described_model, described_modules
+from bitsearch.run import atomic_write
+from bitsearch.score import candidate_weights, check_model
+from bitsearch.session import pick_device
+from bitsearch.units import ModelLayout
+
+RECORD = "bitsearch.json"
+_SHOWN = 3
+
+
+def export_policy(
+    policy_path: Path,
+    target: str,
+    out: Path,
+    *,
+    model: str | None,
+    allowed: Collection[str],
+    statistics: Path | None,
+    device: str,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write a policy as another tool reads it; with a model, its quantized weights too.
+
+    Args:
+        policy_path: the policy file.
+        target: name of an exporter.
+        out: folder to make; it appears when it is complete.
+        model: the model that the policy was made for; None writes the configuration alone.
+        allowed: codes of the losses that are accepted.
+        statistics: calibration statistics; by default the file that the policy names.
+        device: where to quantize.
+        force: replace an earlier export.
+        progress: called with stage, done, total.
+
+    Raises:
+        UsageError: no such target, no such loss, or a loss that was not allowed.
+        BadInput: the target cannot hold a unit, or model and policy do not fit.
+    """
+    if unknown := sorted(set(allowed) - LOSSES.keys()):
+        raise UsageError(f"unknown loss '{unknown[0]}'; known: {', '.join(LOSSES)}")
+    exporter = load_exporter(target)
+    policy = load_policy(policy_path)
+    translation = exporter.translate(policy)
+    _refuse(translation.losses, allowed, target)
+    if model is None and exporter.needs_weights:
+        raise UsageError(f"{target} needs the weights: give --model {policy.model.reference}")
+    source = None
+    if model is not None:
+        _, _, source = open_layout(model)
+        source = with_weights(source)
+        check_model(policy, policy_path, source)
+    size = 0 if source is None else translation.bytes or 0
+    with appearing(out, size, force, (POLICY, RECORD)) as folder:
+        checkpoint = None
+        if source is not None:
+            loaded = load_model(source, dtype="float32", device=pick_device(device))
+            weights = candidate_weights(
+                loaded.model, policy, policy_path, statistics, cache_bytes=0
+            )
+            kept = "float16" if loaded.layout.dtype == "float16" else "bfloat16"
+            checkpoint = Checkpoint(loaded, weights, source.path, kept, progress)
+        with saving(out), quiet():
+            stored = exporter.write(policy, translation, folder, checkpoint)
+            (folder / POLICY).write_bytes(policy_path.read_bytes())
+        exported = Exported(
+            files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+            losses=translation.losses,
+            predicted_bytes=translation.bytes,
+            tensor_bytes=sum(stored.values()) if stored else None,
+        )
+        found = {"target": target, "bitsearch": version("bitsearch"), **exported.describe()}
+        with saving(out):
+            (folder / RECORD).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return {"policy": str(policy_path), "model": model, "out": str(out), **found}
+
+
+def import_policy(path: Path, target: str, model: str, out: Path, *, force: bool) -> dict[str, Any]:
+    """Make a policy of another tool's mixed configuration, and write it.
+
+    Args:
+        path: the tool's file, or the folder that holds it.
+        target: name of an exporter that can also read.
+        model: the unquantized model.
+        out: policy file to write.
+        force: replace a file.
+
+    Raises:
+        UsageError: no such target, or its files cannot be read.
+        BadInput: the file does not belong to the model, or says what no policy can hold.
+    """
+    exporter = load_exporter(target)
+    if exporter.read is None:
+        able = [name for name in exporter_names() if load_exporter(name).read]
+        raise UsageError(f"no policy can be imported from {target}; from: {', '.join(able)}")
+    if out.exists() and not force:
+        raise BadInput(f"{out} exists already; --force replaces it, or choose another --out")
+    layout, _, source = open_layout(model)
+    try:
+        reading = exporter.read(path, layout)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}") from error
+    known = {matrix.name for unit in layout.units for matrix in unit.matrices}
+    if strange := sorted(reading.formats.keys() - known):
+        raise BadInput(f"{path} quantizes {strange[0]}, which {model} does not have or keeps")
+    hashes = {key: value for key, value in fingerprint(with_weights(source)).items() if value}
+    policy = policy_of(layout, hashes, reading, {"imported_from": target, "file": path.name})
+    atomic_write(out, save_policy(policy).encode())
+    return {
+        "model": model,
+        "from": target,
+        "policy": str(out),
+        "bytes": policy.achieved.bytes,
+        "bpw": policy.achieved.bpw,
+        "notes": list(reading.notes),
+    }
+
+
+def policy_of(
+    layout: ModelLayout, hashes: dict[str, str], reading: Reading, provenance: dict[str, Any]
+) -> Policy:
+    """The policy with these formats; what they leave out stays at 16 bits.
+
+    Units are those of `layout`; a fused set whose members differ is still one unit.
+    """
+    assignment: Assignment = [
+        (unit, [(matrix, reading.formats.get(matrix.name, BF16)) for matrix in unit.matrices])
+        for unit in layout.units
+    ]
+    formats = {format.name: declared(format) for _, pairs in assignment for _, format in pairs}
+    return Policy(
+        model=described_model(layout, hashes),
+        formats=dict(sorted(formats.items())),
+        modules=described_modules(assignment),
+        excluded=dict(layout.excluded),
+        quantizer=PolicyQuantizer(method=reading.method),
+        calibration=None,
+        budgets=[],
+        achieved=achieved(layout, assignment),
+        damage=PolicyDamage(estimator="none", predicted=None),
+        provenance={"tool": "bitsearch", **provenance},
+    )
+
+
+def _refuse(losses: Collection[Loss], allowed: Collection[str], target: str) -> None:
+    """Name the losses that nobody allowed."""
+    refused = [loss for loss in losses if loss.code not in allowed]
+    if not refused:
+        return
+    shown = "; ".join(
+        f"{loss.module}: {loss.from_} becomes {loss.to} ({loss.code})" for loss in refused[:_SHOWN]
+    )
+    more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+    codes = ",".join(sorted({loss.code for loss in refused}))
+    raise UsageError(
+        f"{target} cannot hold this policy as it is: {shown}{more}; accept with "
+        f"--allow-loss {codes}, or search with --target"
+    )

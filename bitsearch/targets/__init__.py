@@ -1,0 +1,1 @@
+"""What engines run and what their files store: data, known before a search begins."""
