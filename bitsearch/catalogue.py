@@ -82,10 +82,10 @@ def _formats() -> Rows:
     for kind, table in TABLES.items():
         free = not table.block and table.scale == "float16"
         names += [f"{kind}-g32", f"{kind}-g64", f"{kind}-g128"] if free else [kind]
-    codebooks = [f"lut{bits}-row" for bits in LUT_BITS]
-    formats = [
-        parse_format(name) for name in (*names, *BLOCKS, *codebooks, "dialect4-b32", "bf16", "fp16")
-    ]
+    names += [*BLOCKS, *(f"lut{bits}-row" for bits in LUT_BITS), "dialect4-b32"]
+    # any base takes them, in any count or share
+    names += ["int3-g128+fp16x16", "int4-g128+fp16x1%", "int4-g128-sym+int8x3%"]
+    formats = [parse_format(name) for name in (*names, "bf16", "fp16")]
     return [
         {"name": f.name, "about": f"{8 * f.bytes(4096, 4096) / 4096**2:.4f} bpw at 4096 × 4096"}
         for f in formats

@@ -3,27 +3,33 @@
 A format is written as it appears in a policy: `int4-g128`, `int3-g64-sym`, `nf4-g64`,
 `fp8`, `mxfp4`, `nvfp4`, `gguf-q4_k`, `bf16`. Each family is one file here, and one in
 `bitsearch.quantizers` that rounds weights into it. Bytes are those of bitsearch's own
-packed layout, which the file describes.
+packed layout, which the file describes. A format in two parts is another one, a plus
+sign and what is kept apart: `int3-g128+fp16x16`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from bitsearch.errors import UsageError
-from bitsearch.formats import affine, codebook, dialect, gguf, integer, levels, sixteen
+from bitsearch.formats import (
+    affine,
+    codebook,
+    columns,
+    dialect,
+    gguf,
+    integer,
+    levels,
+    sixteen,
+)
 from bitsearch.formats.base import Format
 from bitsearch.formats.sixteen import BF16, FP16
 
-_PARSERS = (
-    integer.parse,
-    affine.parse,
-    sixteen.parse,
-    levels.parse,
-    gguf.parse,
-    dialect.parse,
-    codebook.parse,
-)
+_BASES = (integer.parse, affine.parse, levels.parse, dialect.parse, codebook.parse)
+_OTHERS = (sixteen.parse, gguf.parse)
+_SPLITS = (columns.parse,)
 
 
 def parse_format(name: str) -> Format:
@@ -32,13 +38,21 @@ def parse_format(name: str) -> Format:
     Raises:
         UsageError: the name is not one of a known format.
     """
-    for parse in _PARSERS:
-        if (found := parse(name)) is not None:
-            return found
+    base, plus, ending = name.partition("+")
+    found = _first(_BASES if plus else (*_BASES, *_OTHERS), base)
+    if found is not None and plus:
+        found = _first([partial(parse, found) for parse in _SPLITS], ending)
+    if found is not None:
+        return found
     raise UsageError(
         f"unknown format '{name}': write int2..int8 with a group size, such as int4-g128, "
         "int3-g64-sym or int8-row, bf16 or fp16; or see `bitsearch list formats`"
     )
+
+
+def _first(parsers: Iterable[Callable[[str], Format | None]], text: str) -> Format | None:
+    """What the first parser reads that can."""
+    return next((found for parse in parsers if (found := parse(text)) is not None), None)
 
 
 def parse_formats(text: str) -> tuple[Format, ...]:

@@ -20,9 +20,11 @@ GROUP = "bitsearch.codecs"
 CODECS = {
     "int": "bitsearch.quantizers.integer:CODEC",
     "affine": "bitsearch.quantizers.affine:CODEC",
+    "fp16": "bitsearch.quantizers.halves:CODEC",
     **dict.fromkeys(levels.TABLES, "bitsearch.quantizers.levelled:CODEC"),
     "lut": "bitsearch.quantizers.codebook:CODEC",
     "dialect4": "bitsearch.quantizers.dialect:CODEC",
+    "columns": "bitsearch.quantizers.columns:CODEC",
     **dict.fromkeys(gguf.BLOCKS, "bitsearch.quantizers.gguf_blocks:CODEC"),
 }
 

@@ -38,7 +38,7 @@ from bitsearch.quantizers.rtn import quantize
 from bitsearch.units import ModelLayout
 
 FORMATS = ("nvfp4", "int3-g16", "nf4-g32", "bf16", "mxfp4", "gguf-q8_0", "int8-row-sym",
-           "fp8", "dialect4-b32", "lut4-row")  # fmt: skip
+           "fp8", "dialect4-b32", "lut4-row", "int3-g16+fp16x2", "nf4-g32+int8x10%")  # fmt: skip
 
 
 def made_policy(folder: Path) -> Policy:
