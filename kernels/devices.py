@@ -1,0 +1,182 @@
+"""What can run a format: the devices, and the questions that each answers.
+
+A device is opened by name, says which of its kernels executes a launch, times
+that kernel on weights which no cache holds, and runs it on weights of ours.
+Other packages add theirs under the entry-point group `bitsearch.devices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from bitsearch import registry
+from bitsearch.errors import BadInput, BitsearchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitsearch.quantizers.codec import Encoded
+
+GROUP = "bitsearch.devices"
+DEVICES = {
+    "ggml": "bitsearch.kernels.ggml_device:open_device",
+    "torch-cpu": "bitsearch.kernels.torch_cpu:open_device",
+}
+AUTO = ("ggml", "torch-cpu")  # by preference
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One call of a matrix kernel: (m, k) activations times (n, k) weights, transposed.
+
+    Attributes:
+        m: tokens.
+        k: input features.
+        segments: rows and format name of each run of rows in one format, in row
+            order. Most kernels take one segment; a fused set in one format is one.
+    """
+
+    m: int
+    k: int
+    segments: tuple[tuple[int, str], ...]
+
+    @property
+    def n(self) -> int:
+        """Output features."""
+        return sum(rows for rows, _ in self.segments)
+
+
+class NoKernel(BitsearchError):
+    """A device has no kernel for a launch; the message says why, in one line."""
+
+    exit_code = 4
+
+
+class Timed(Protocol):
+    """A launch with weights in place, ready to be timed.
+
+    Attributes:
+        kernel: what the device calls the kernel.
+        activations: the type that the kernel multiplies in, e.g. `int8` or `float32`.
+        bytes: of weights with their scales, inputs and outputs of one launch.
+        error: largest |y − y₆₄| / max |y₆₄| on random inputs, where y₆₄ is
+            computed in float64 from the dequantized weights.
+    """
+
+    kernel: str
+    activations: str
+    bytes: int
+    error: float
+
+    def sample(self) -> float:
+        """Nanoseconds a launch, over one pass through all copies of the weights."""
+
+    def close(self) -> None:
+        """Free the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stability:
+    """When a device's timings count.
+
+    Attributes:
+        spread: largest interquartile range of a cell, as a share of its median.
+        drift: largest drift of the sentinel over a run, as a share.
+        error: most mean and worst error of predicted times, and the least rank
+            correlation, for a table to be more than a ranking.
+    """
+
+    spread: float
+    drift: float
+    error: tuple[float, float, float]
+
+
+class Device(Protocol):
+    """What every device answers.
+
+    Attributes:
+        name: as it is registered.
+        clock: what times are read from: `wall`, `thread` (processor time of the one
+            thread that computes) or `events`.
+        stability: when its timings count.
+    """
+
+    name: str
+    clock: str
+    stability: Stability
+
+    def machine(self) -> dict[str, str]:
+        """What a time depends on; a table of other values is of another machine."""
+
+    def facts(self) -> dict[str, Any]:
+        """What else the header of a table says: versions, threads, clocks, caches."""
+
+    def cache_bytes(self) -> int:
+        """Size of the last-level cache."""
+
+    def calibrate(self) -> dict[str, float]:
+        """Measured `launch_us`, `read_gbps` and `gflops`, for the analytic model."""
+
+    def kernel(self, launch: Launch) -> str:
+        """The kernel that executes a launch.
+
+        Raises:
+            NoKernel: there is none.
+        """
+
+    def timed(self, launch: Launch, rotation: int, seed: int) -> Timed:
+        """Random weights in place, in as many copies as fill `rotation` bytes.
+
+        Raises:
+            NoKernel: no kernel executes the launch.
+        """
+
+    def linear(
+        self, launch: Launch, parts: Sequence[Encoded | Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """What runs a launch on weights of ours: (m, k) float32 to (m, n) float32.
+
+        Args:
+            launch: which; every call has its m tokens.
+            parts: the matrices of the launch in row order, encoded in its format; of a
+                16-bit format the weights themselves.
+
+        Raises:
+            NoKernel: no kernel executes it.
+        """
+
+
+Opener = Callable[[int], Device]
+
+
+def device_names() -> list[str]:
+    """Every registered name."""
+    return registry.names(GROUP, DEVICES)
+
+
+def open_device(name: str, threads: int) -> Device:
+    """A device by name; `auto` is the first of `AUTO` that works here.
+
+    Args:
+        name: as registered, or `auto`.
+        threads: of a processor; other devices ignore it.
+
+    Raises:
+        UsageError: nobody registered that name.
+        BadInput: the device, or a package that it needs, is not here.
+    """
+    if name != "auto":
+        return cast(Opener, registry.load(GROUP, DEVICES, name))(threads)
+    for candidate in AUTO[:-1]:
+        try:
+            return open_device(candidate, threads)
+        except BadInput:
+            continue
+    return open_device(AUTO[-1], threads)
+
+
+def machine_name(machine: Mapping[str, str]) -> str:
+    """A machine in one line."""
+    return ", ".join(value for value in machine.values() if value)

@@ -1,0 +1,34 @@
+"""Random weights and inputs that kernels are timed and checked on."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_TILE = 256  # rows drawn; larger matrices repeat them, which no kernel notices
+
+
+def tile(n: int, k: int, seed: int) -> NDArray[np.float32]:
+    """(rows, k) weights, of which an (n, k) matrix repeats the rows in turn."""
+    rng = np.random.default_rng([seed, n, k])
+    return 0.02 * rng.standard_normal((min(n, _TILE), k), np.float32)
+
+
+def inputs(m: int, k: int, seed: int) -> NDArray[np.float32]:
+    """(m, k) inputs."""
+    return np.random.default_rng([seed, m, k, 1]).standard_normal((m, k), np.float32)
+
+
+def relative_error(
+    found: NDArray[np.float32], x: NDArray[np.float32], weights: NDArray[np.float32]
+) -> float:
+    """Largest |y − y₆₄| / max |y₆₄|, with y₆₄ = x Wᵀ in float64.
+
+    Args:
+        found: (m, n) results of a kernel.
+        x: (m, k) inputs.
+        weights: (rows, k) values that the kernel's weights stand for; n rows repeat them.
+    """
+    exact = x.astype(np.float64) @ weights.astype(np.float64).T
+    exact = np.resize(exact.T, found.T.shape).T
+    return float(np.abs(found - exact).max() / np.abs(exact).max())
