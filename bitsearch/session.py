@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -172,6 +172,7 @@ class Session:
         seen: list[Unit] = []
         if needs_second_moments(load_quantizer(self.settings.quantizer)):
             seen = [unit for unit in units if reached.get(unit.name)]
+            _warn_if_few(calibration.tokens.numel(), units, self.settings.quantizer)
         room = available_bytes(decoder.device) // 4
         moments = second_moments_in_turn(decoder, seen, calibration.tokens, room)
         atomic_write(path, statistics_parts(calibration.sha256, means, seen, moments))
@@ -210,6 +211,19 @@ class Session:
             "dtype": self.settings.dtype,
             "seed": self.settings.seed,
         }
+
+
+def _warn_if_few(tokens: int, units: Sequence[Unit], quantizer: str) -> None:
+    """Fewer tokens than columns leave directions of the inputs unseen."""
+    columns = max(matrix.in_features for unit in units for matrix in unit.matrices)
+    if tokens < columns:
+        log.warning(
+            "%s fits its weights to %d calibration tokens, fewer than the %d inputs of a layer, "
+            "and may do worse than rtn on other text; give more with --windows",
+            quantizer,
+            tokens,
+            columns,
+        )
 
 
 def embedding_rows(model: Any) -> int:

@@ -31,6 +31,16 @@ def test_gptq_from_search_to_eval(cli: Any, place: Any) -> None:
     assert other["kl"] != pytest.approx(found.json["kl"], rel=1e-3)
 
 
+def test_too_few_tokens_for_error_feedback_are_told(cli: Any, place: Any) -> None:
+    few = cli(*place.search("4.5bpw", "--quantizer", "gptq", "--windows", "1,1,1"))
+    assert "calibration tokens, fewer than the" in few.err
+    shutil.rmtree(place.run)
+    enough = cli(*place.search("4.5bpw", "--quantizer", "gptq", "--windows", "8,1,1"))
+    assert "fewer than" not in enough.err
+    shutil.rmtree(place.run)
+    assert "fewer than" not in cli(*place.search("4.5bpw", "--windows", "1,1,1")).err
+
+
 def test_gptq_needs_a_file_with_second_moments(cli: Any, searched: Any) -> None:
     policy: Path = searched.run / "policy.json"
     policy.write_text(policy.read_text().replace('"rtn"', '"gptq"'))
