@@ -105,7 +105,7 @@ def resources(
             limits.append(budget.limit)
         else:
             costs.append(space.bytes)
-            limits.append(budget.limit - space.layout.kept_bytes)
+            limits.append(budget.limit - space.kept_bytes)
     return np.stack(costs), np.array(limits, dtype=np.int64)
 
 

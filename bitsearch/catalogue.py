@@ -25,6 +25,7 @@ def catalogue(kind: str) -> Rows:
         "models": _models,
         "recipes": _recipes,
         "exporters": _exporters,
+        "targets": _targets,
     }
     if kind not in kinds:
         raise UsageError(f"cannot list '{kind}'; write one of {', '.join(kinds)}")
@@ -106,6 +107,24 @@ def _exporters() -> Rows:
         {"name": name, "about": exporter.about, "imports": exporter.read is not None}
         for name, exporter in exporters.items()
     ]
+
+
+def _targets() -> Rows:
+    from bitsearch.targets import load_target, target_names
+
+    rows = []
+    for name in target_names():
+        target = load_target(name)
+        runs = "; ".join(rule.formats for rule in target.runs) or "anything"
+        exported = f"; export --to {target.exporter}" if target.exporter else ""
+        rows.append(
+            {
+                "name": name,
+                "about": f"{target.title}: {runs}{exported}",
+                **target.model_dump(mode="json", exclude={"name"}),
+            }
+        )
+    return rows
 
 
 def _registered(group: str, builtin: Mapping[str, str]) -> Rows:

@@ -35,6 +35,7 @@ from bitsearch.options import (
     Seed,
     SelectionText,
     Statistics,
+    Target,
     Text,
     Tie,
     Windows,
@@ -42,7 +43,6 @@ from bitsearch.options import (
     least_bits,
     own_texts,
 )
-from bitsearch.settings import DEFAULT_CANDIDATES
 
 if TYPE_CHECKING:
     from bitsearch.session import Session
@@ -63,6 +63,7 @@ def plan(
     candidates: Candidates = None,
     freeze: Freeze = None,
     fuse: Fuse = None,
+    target: Target = None,
     units: Annotated[bool, typer.Option("--units", help="List every unit.")] = False,
     revision: Revision = None,
     json_: Json = False,
@@ -75,10 +76,11 @@ def plan(
         found = make_plan(
             model,
             budget,
-            candidates=candidates or DEFAULT_CANDIDATES,
+            candidates=candidates,
             frozen=frozen_formats(freeze) or {},
             fuse=fuse is not False,
             revision=revision,
+            target=target,
         )
         _emit(found, json_, lambda: print_plan(found, units))
 
@@ -92,6 +94,7 @@ def measure(
     candidates: Candidates = None,
     freeze: Freeze = None,
     fuse: Fuse = None,
+    target: Target = None,
     text: Text = None,
     calibration_text: CalibrationText = None,
     selection_text: SelectionText = None,
@@ -111,7 +114,7 @@ def measure(
             model, out_, device, candidates=candidates, frozen=frozen_formats(freeze), fuse=fuse,
             texts=text, own_texts=own_texts(calibration_text, selection_text, evaluation_text),
             length=length, windows=windows, dtype=dtype, seed=seed, revision=revision,
-            quantizer=quantizer,
+            quantizer=quantizer, target=target,
         ) as session,
         Stages() as stages,
     ):  # fmt: skip
@@ -166,6 +169,7 @@ def search(
     tie: Tie = None,
     distinct: Distinct = None,
     fuse: Fuse = None,
+    target: Target = None,
     text: Text = None,
     calibration_text: CalibrationText = None,
     selection_text: SelectionText = None,
@@ -191,7 +195,7 @@ def search(
         _session(
             model, out_, device, frozen=frozen_formats(freeze),
             texts=text, own_texts=own_texts(calibration_text, selection_text, evaluation_text),
-            dtype=dtype, seed=seed, revision=revision,
+            dtype=dtype, seed=seed, revision=revision, target=target,
             **{name: used[name] for name in _RECIPE_SETTINGS},
         ) as session,
         Stages() as stages,
@@ -338,7 +342,7 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            help="estimators, solvers, formats, quantizers, models, recipes or exporters."
+            help="estimators, solvers, formats, quantizers, models, recipes, exporters or targets."
         ),
     ],
     json_: Json = False,

@@ -212,7 +212,7 @@ def read_front(folder: Path) -> dict[str, Any]:
 def _cost_column(space: Space, budget: Budget) -> tuple[str, int, int]:
     """Name of what a budget counts, its bytes that no choice changes, its parameters."""
     if not budget.linear_only:
-        return "bytes", space.layout.kept_bytes, space.layout.parameters
+        return "bytes", space.kept_bytes, space.layout.parameters
     counted = (u.parameters for u, is_in in zip(space.units, space.linear, strict=True) if is_in)
     return "linear_bytes", 0, sum(counted)
 

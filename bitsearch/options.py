@@ -57,6 +57,10 @@ Windows = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Dtype to compute in.  [default: float32]")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed.  [default: 0]")]
+Target = Annotated[
+    str | None,
+    typer.Option(help="Engine to run it: see `bitsearch list targets`.  [default: portable]"),
+]
 Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory.")]

@@ -8,8 +8,15 @@ from typing import Any
 from bitsearch.budget import check_feasible, parse_budget
 from bitsearch.formats import parse_formats
 from bitsearch.models.load import open_layout
-from bitsearch.settings import DEFAULT_LENGTH, DEFAULT_WINDOWS, parse_windows
+from bitsearch.settings import (
+    DEFAULT_CANDIDATES,
+    DEFAULT_LENGTH,
+    DEFAULT_WINDOWS,
+    parse_windows,
+    refuse_unfused,
+)
 from bitsearch.space import Space, make_space
+from bitsearch.targets import DEFAULT_TARGET, load_target
 
 # Multiplications a second that a forward pass reaches on one core in float32; the
 # estimate of time is stated with it.
@@ -20,24 +27,31 @@ def make_plan(
     model: str,
     budgets: Sequence[str],
     *,
-    candidates: str,
+    candidates: str | None,
     frozen: Mapping[str, str],
     fuse: bool,
     revision: str | None,
+    target: str | None = None,
 ) -> dict[str, Any]:
     """Feasible range, units, candidate sizes, and the cost of a default search.
 
     Raises:
         InfeasibleBudget: a budget is outside of the achievable range.
+        UsageError: no such target, or it does not run what is asked for.
     """
+    target = target or DEFAULT_TARGET
+    refuse_unfused(target, fuse)
     layout, _, _ = open_layout(model, revision=revision, fuse=fuse)
-    space = make_space(layout, parse_formats(candidates), frozen)
+    profile = load_target(target)
+    formats = parse_formats(candidates or profile.candidates or DEFAULT_CANDIDATES)
+    space = make_space(layout, formats, frozen, profile)
     parsed = [parse_budget(text, space) for text in budgets]
     check_feasible(parsed, space)
     low, high = space.byte_range()
     parameters = layout.parameters
     return {
         "model": model,
+        "target": target,
         "architecture": layout.architecture,
         "parameters": parameters,
         "bytes_16bit": 2 * parameters,
@@ -57,11 +71,12 @@ def make_plan(
         "candidates": [
             {
                 "name": candidate.name,
-                "bytes": sum(int(b) for b in space.bytes[:, column]) + layout.kept_bytes,
+                "bytes": _everywhere(space, column),
+                "units": int(space.allowed[:, column].sum()),
             }
             for column, candidate in enumerate(space.candidates)
         ],
-        "kept_bytes": layout.kept_bytes,
+        "kept_bytes": space.kept_bytes,
         "excluded": dict(layout.excluded),
         "units": [
             {
@@ -78,11 +93,19 @@ def make_plan(
 
 def _widest_uniform(space: Space, limit: int) -> str | None:
     """The largest candidate that fits everywhere; None if none does."""
-    sizes = space.bytes.sum(axis=0) + space.layout.kept_bytes
-    fitting = [column for column in range(len(space.candidates)) if sizes[column] <= limit]
-    if not fitting:
-        return None
-    return space.candidates[max(fitting, key=lambda column: int(sizes[column]))].name
+    sizes = {column: _everywhere(space, column) for column in range(len(space.candidates))}
+    fitting = [column for column, size in sizes.items() if size <= limit]
+    return space.candidates[max(fitting, key=sizes.__getitem__)].name if fitting else None
+
+
+def _everywhere(space: Space, column: int) -> int:
+    """Bytes of a candidate everywhere; where it is not offered, of the next larger one."""
+    total = space.kept_bytes
+    for sizes, allowed in zip(space.bytes, space.allowed, strict=True):
+        offered = sorted(int(size) for size in sizes[allowed])
+        size = int(sizes[column])
+        total += size if allowed[column] else next((b for b in offered if b >= size), offered[-1])
+    return total
 
 
 def _cost(space: Space) -> dict[str, Any]:

@@ -74,6 +74,15 @@ class Achieved(_Strict):
     nominal_bpw: float
 
 
+class PolicyTarget(_Strict):
+    """The engine that a policy was searched for, and what its files store."""
+
+    name: str
+    title: str
+    bytes: Bytes
+    bpw: float
+
+
 class PolicyStatistics(_Strict):
     """The calibration statistics that the quantizer was given, a file beside the policy."""
 
@@ -121,6 +130,7 @@ class Policy(_Strict):
     calibration: dict[str, Any] | None
     budgets: list[str]
     achieved: Achieved
+    target: PolicyTarget | None = None
     damage: PolicyDamage
     provenance: dict[str, Any]
 

@@ -93,15 +93,18 @@ def print_plan(found: dict[str, Any], units: bool) -> None:
         f"[bold]{escape(found['model'])}[/]: {found['architecture']}, "
         f"{found['parameters']:,} parameters, {len(found['units'])} units"
     )
+    if found["target"] not in ("portable", "none"):
+        out.print(f"for {escape(found['target'])}: bytes are those of its files")
     out.print(f"achievable: {low:,} to {high:,} bytes, {low_bpw:.3f} to {high_bpw:.3f} bpw")
     for budget in found["budgets"]:
         fits = budget["uniform"] or "no uniform format"
         out.print(f"budget {budget['text']}: {budget['bytes']:,} bytes; {fits} fits everywhere")
-    table = Table("candidate", "bytes everywhere", "bpw")
+    count = len(found["units"])
+    table = Table("candidate", "bytes everywhere", "bpw", "units")
     for row in found["candidates"]:
-        table.add_row(
-            row["name"], f"{row['bytes']:,}", f"{8 * row['bytes'] / found['parameters']:.3f}"
-        )
+        bpw = 8 * row["bytes"] / found["parameters"]
+        offered = "all" if row["units"] == count else f"{row['units']} of {count}"
+        table.add_row(row["name"], f"{row['bytes']:,}", f"{bpw:.3f}", offered)
     out.print(table)
     if units:
         listed = Table(Column("unit", overflow="fold"), "kind", "parameters", "tensors")

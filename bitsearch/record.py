@@ -18,10 +18,11 @@ from bitsearch.policy import (
     PolicyModule,
     PolicyQuantizer,
     PolicyStatistics,
+    PolicyTarget,
 )
 from bitsearch.run import STATISTICS
 from bitsearch.session import Session
-from bitsearch.space import LINEAR_KINDS
+from bitsearch.space import LINEAR_KINDS, Space
 from bitsearch.units import Matrix, ModelLayout, Unit
 
 Assignment = Sequence[tuple[Unit, Sequence[tuple[Matrix, Format]]]]
@@ -58,6 +59,7 @@ def make_policy(
         calibration=session.corpora["calibration"].describe(),
         budgets=list(budgets),
         achieved=achieved(layout, assignment),
+        target=_target(space, contender),
         damage=PolicyDamage(
             estimator=estimator,
             predicted=predicted,
@@ -150,6 +152,20 @@ def achieved(layout: ModelLayout, assignment: Assignment) -> Achieved:
         bpw=8 * total / layout.parameters,
         linear_bpw=8 * linear_bytes / linear if linear else None,
         nominal_bpw=codes / layout.parameters,
+    )
+
+
+def _target(space: Space, contender: Contender) -> PolicyTarget | None:
+    """The engine that was searched for, if its files store other bytes or it runs not all."""
+    target = space.target
+    if not target.runs:
+        return None
+    size = space.total_bytes(contender.choice)
+    return PolicyTarget(
+        name=target.name,
+        title=target.title,
+        bytes=size,
+        bpw=8 * size / space.layout.parameters,
     )
 
 

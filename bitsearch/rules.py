@@ -53,13 +53,17 @@ class Rules:
         return replace(space, allowed=allowed)
 
     def ties(self, space: Space) -> tuple[tuple[int, ...], ...]:
-        """Disjoint sets of unit indices; sets that share a unit become one.
+        """Disjoint sets of unit indices, those of the target among them; sets that share a
+        unit become one.
 
         Raises:
             UsageError: a pattern matches no unit, or tied units allow no format in common.
         """
         sets: list[set[int]] = []
-        for joined in (set(rows) for pattern in self.tie for rows in _tied(space, pattern)):
+        for joined in [
+            *(set(rows) for rows in space.target.ties(space.layout)),
+            *(set(rows) for pattern in self.tie for rows in _tied(space, pattern)),
+        ]:
             for other in [known for known in sets if known & joined]:
                 joined |= other
                 sets.remove(other)

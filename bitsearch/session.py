@@ -28,9 +28,11 @@ from bitsearch.settings import (
     default_settings,
     parse_windows,
     plain,
+    refuse_unfused,
     stored_settings,
 )
 from bitsearch.space import Space, make_space
+from bitsearch.targets import load_target
 from bitsearch.units import Unit
 
 if TYPE_CHECKING:
@@ -62,11 +64,15 @@ class Session:
         path = run.path / "space.json"
         if path.exists():
             check_same(plain(stored_settings(run.path)), plain(settings), path)
+        refuse_unfused(settings.target, settings.fuse)
         layout, _, self.source = open_layout(
             settings.model, revision=settings.revision, fuse=settings.fuse
         )
         self.space: Space = make_space(
-            layout, parse_formats(",".join(settings.candidates)), settings.frozen
+            layout,
+            parse_formats(",".join(settings.candidates)),
+            settings.frozen,
+            load_target(settings.target),
         )
 
     def save(self) -> None:
@@ -84,7 +90,7 @@ class Session:
                 "schema": SCHEMA,
                 "settings": plain(self.settings),
                 "parameters": space.layout.parameters,
-                "kept_bytes": space.layout.kept_bytes,
+                "kept_bytes": space.kept_bytes,
                 "candidates": [candidate.name for candidate in space.candidates],
                 "units": [
                     {

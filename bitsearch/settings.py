@@ -36,6 +36,7 @@ class Settings:
         quantizer: name of the quantizer.
         dtype: dtype that the model runs in.
         seed: of everything random.
+        target: the engine that policies are for.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Settings:
     quantizer: str
     dtype: str
     seed: int
+    target: str
 
 
 def stored_settings(folder: Path) -> Settings:
@@ -68,6 +70,7 @@ def stored_settings(folder: Path) -> Settings:
         values = dict(content["settings"])
         values["candidates"] = tuple(values["candidates"])
         values["texts"] = tuple(values["texts"])
+        values.setdefault("target", "none")  # older runs
         found: Settings = TypeAdapter(Settings).validate_python(asdict(Settings(**values)))
     except ValidationError as error:
         first = error.errors()[0]
@@ -81,14 +84,20 @@ def stored_settings(folder: Path) -> Settings:
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON values."""
+    """Settings as JSON values; as in older runs, nothing is said of no target."""
     values = asdict(settings)
+    if settings.target == "none":
+        del values["target"]
     values["candidates"], values["texts"] = list(settings.candidates), list(settings.texts)
     return values
 
 
 def default_settings(model: str, given: Mapping[str, Any]) -> Settings:
     """What is used for everything that the user did not give."""
+    from bitsearch.targets import DEFAULT_TARGET, load_target
+
+    target = given.get("target", DEFAULT_TARGET)
+    candidates = load_target(target).candidates or DEFAULT_CANDIDATES
     shipped = model == "tiny"
     own = {purpose: purpose for purpose in PURPOSES} if shipped else {}
     if "texts" in given:
@@ -97,7 +106,7 @@ def default_settings(model: str, given: Mapping[str, Any]) -> Settings:
         model=model,
         revision=None,
         fuse=True,
-        candidates=tuple(f.name for f in parse_formats(DEFAULT_CANDIDATES)),
+        candidates=tuple(f.name for f in parse_formats(candidates)),
         frozen={},
         texts=() if shipped else DEFAULT_TEXTS,
         own_texts=own,
@@ -106,7 +115,20 @@ def default_settings(model: str, given: Mapping[str, Any]) -> Settings:
         quantizer="rtn",
         dtype="float32",
         seed=0,
+        target=target,
     )
+
+
+def refuse_unfused(target: str, fuse: bool) -> None:
+    """A target that fuses matrices cannot run them in several formats.
+
+    Raises:
+        UsageError: `fuse` is off for such a target, or there is no such target.
+    """
+    from bitsearch.targets import load_target
+
+    if not fuse and load_target(target).fuse:
+        raise UsageError(f"{target} fuses q/k/v and gate/up: leave --no-fuse away")
 
 
 def parse_windows(text: str) -> dict[str, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ from typing import Any
 from bitsearch.appearing import appearing, saving
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.exporters import exporter_names, load_exporter
-from bitsearch.exporters.base import LOSSES, Checkpoint, Exported, Loss, Progress, Reading
+from bitsearch.exporters.base import (
+    LOSSES,
+    Checkpoint,
+    Exported,
+    Exporter,
+    Loss,
+    Progress,
+    Reading,
+    Translation,
+)
 from bitsearch.formats import BF16
 from bitsearch.models.fingerprint import fingerprint
 from bitsearch.models.load import load_model, open_layout, quiet
@@ -22,6 +32,7 @@ from bitsearch.record import Assignment, achieved, declared, described_model, de
 from bitsearch.run import atomic_write
 from bitsearch.score import candidate_weights, check_model
 from bitsearch.session import pick_device
+from bitsearch.targets import Kind, Target, load_target, target_names
 from bitsearch.units import ModelLayout
 
 RECORD = "bitsearch.json"
@@ -44,7 +55,8 @@ def export_policy(
 
     Args:
         policy_path: the policy file.
-        target: name of an exporter.
+        target: name of an exporter; or of a target, whose exporter is used, and whose
+            engine must run every unit.
         out: folder to make; it appears when it is complete.
         model: the model that the policy was made for; None writes the configuration alone.
         allowed: codes of the losses that are accepted.
@@ -59,9 +71,12 @@ def export_policy(
     """
     if unknown := sorted(set(allowed) - LOSSES.keys()):
         raise UsageError(f"unknown loss '{unknown[0]}'; known: {', '.join(LOSSES)}")
-    exporter = load_exporter(target)
+    exporter, profile = _exporter(target)
     policy = load_policy(policy_path)
     translation = exporter.translate(policy)
+    if profile is not None:
+        unserved = tuple(_unserved(policy, translation, profile))
+        translation = replace(translation, losses=translation.losses + unserved)
     _refuse(translation.losses, allowed, target)
     if model is None and exporter.needs_weights:
         raise UsageError(f"{target} needs the weights: give --model {policy.model.reference}")
@@ -160,6 +175,30 @@ def policy_of(
         damage=PolicyDamage(estimator="none", predicted=None),
         provenance={"tool": "bitsearch", **provenance},
     )
+
+
+def _exporter(name: str) -> tuple[Exporter, Target | None]:
+    """The exporter of a name, or that of a target; and the target of the name."""
+    if name not in exporter_names() and name in target_names():
+        target = load_target(name)
+        if target.exporter is None:
+            raise UsageError(f"{name} has no files of its own; see `bitsearch list exporters`")
+        return load_exporter(target.exporter), target
+    return load_exporter(name), load_target(name) if name in target_names() else None
+
+
+def _unserved(policy: Policy, translation: Translation, target: Target) -> Iterator[Loss]:
+    """What the engine of a target has no kernel for."""
+    tied = {name for names in policy.model.tied for name in names}
+    for tensor, module in policy.modules.items():
+        kind: Kind = "experts" if tensor in policy.model.experts else "linear"
+        if module.role == "embedding":
+            kind = "tied" if tensor in tied else "embedding"
+        elif module.role == "head":
+            kind = "head"
+        format = translation.formats[tensor]
+        if reason := target.refusal(kind, *module.shape, format):
+            yield Loss("WIDTH_UNSERVED", tensor, format.name, f"nothing: {reason}")
 
 
 def _refuse(losses: Collection[Loss], allowed: Collection[str], target: str) -> None:

@@ -1,14 +1,35 @@
-"""Bytes that other tools' files store for a matrix, scales and all.
+"""Bytes that files store for a matrix, scales and all, by layout.
 
-Each function takes (rows, columns, format) of one matrix and counts tensors, not the
-headers of files. Read from files that the tools wrote; the tests compare again.
+Tensors are counted, not the headers of files. The figures were read from files that the
+tools wrote; the tests compare again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from bitsearch.formats import Format
 
 _SHAPE_BYTES = 16  # `weight_shape`, two int64
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A layout of weight files.
+
+    Attributes:
+        matrix: (rows, columns, format) -> bytes of one matrix.
+        kept: bytes of a parameter that gets no decision, such as a norm's.
+    """
+
+    matrix: Callable[[int, int, Format], int]
+    kept: int = 2
+
+
+def packed(rows: int, columns: int, format: Format) -> int:
+    """bitsearch's own layout, the one that `Format.bytes` counts."""
+    return format.bytes(rows, columns)
 
 
 def compressed_tensors(rows: int, columns: int, format: Format) -> int:
@@ -24,6 +45,34 @@ def compressed_tensors(rows: int, columns: int, format: Format) -> int:
     return size if format.symmetric else size + 4 * groups * _words(rows, format.bits)
 
 
+def gptq(rows: int, columns: int, format: Format) -> int:
+    """The GPTQ layout of GPTQModel 7.6.
+
+    Codes fill 32-bit words down a column of the transposed matrix; a 16-bit scale and a
+    zero point a group, symmetric formats too; a 32-bit group index a column.
+    """
+    if format.exact:
+        return format.bytes(rows, columns)
+    groups = format.groups(columns)
+    codes, zeros = rows * _words(columns, format.bits), groups * _words(rows, format.bits)
+    return 4 * (codes + zeros + columns) + 2 * rows * groups
+
+
+def torchao(rows: int, columns: int, format: Format) -> int:
+    """IntxWeightOnly of torchao 0.18: one byte a weight at every width, and a zero point."""
+    if format.exact:
+        return format.bytes(rows, columns)
+    return rows * (columns + 3 * format.groups(columns))
+
+
 def _words(count: int, bits: int) -> int:
     """32-bit words that hold `count` codes."""
     return -(-count * bits // 32)
+
+
+STORED = {
+    "packed": Stored(packed),
+    "compressed-tensors": Stored(compressed_tensors),
+    "gptq": Stored(gptq),
+    "torchao": Stored(torchao),
+}
