@@ -21,6 +21,7 @@ def catalogue(kind: str) -> Rows:
         "estimators": _estimators,
         "solvers": _solvers,
         "quantizers": _quantizers,
+        "preparations": _preparations,
         "formats": _formats,
         "models": _models,
         "recipes": _recipes,
@@ -65,6 +66,13 @@ def _quantizers() -> Rows:
     from bitsearch.quantizers import GROUP, QUANTIZERS
 
     return _registered(GROUP, QUANTIZERS)
+
+
+def _preparations() -> Rows:
+    from bitsearch.preparations import GROUP, PREPARATIONS, load_method
+
+    names = registry.names(GROUP, PREPARATIONS)
+    return [{"name": name, "about": load_method(name).about} for name in names]
 
 
 def _formats() -> Rows:

@@ -18,12 +18,18 @@ from typing import TYPE_CHECKING, Any
 from bitsearch.appearing import appearing, saving
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import Format
-from bitsearch.models.load import LoadedModel, load_model, open_layout, quiet
+from bitsearch.models.load import LoadedModel, open_layout, quiet
 from bitsearch.models.packed import POLICY, entries, metadata, persistent_buffers
 from bitsearch.models.source import PACKED, with_weights
 from bitsearch.models.weights import write_weight
 from bitsearch.policy import load_policy
-from bitsearch.score import assignment, candidate_weights, check_model
+from bitsearch.restore import (
+    assignment,
+    candidate_weights,
+    check_model,
+    load_prepared,
+    preparation_of,
+)
 from bitsearch.session import pick_device
 from bitsearch.units import Matrix, ModelLayout
 
@@ -71,14 +77,16 @@ def quantize_model(
         OutOfResources: the disk is full, or cannot be written.
     """
     policy = load_policy(policy_path)
-    layout, _, source = open_layout(model)
+    preparation = preparation_of(policy, policy_path, statistics)
+    untie = preparation is not None and preparation.untied
+    layout, _, source = open_layout(model, untie=untie)
     dtype = _dtype(dtype, layout, packed)
     source = with_weights(source)
     check_model(policy, policy_path, source)
     decisions = [(u.matrices[0], format) for u, format in assignment(policy, layout)]
     size = policy.achieved.bytes if packed else _WIDTHS[dtype] * layout.parameters
     with appearing(out, size, force, (POLICY, "config.json")) as folder:
-        loaded = load_model(source, dtype="float32", device=pick_device(device))
+        loaded = load_prepared(source, preparation, dtype="float32", device=pick_device(device))
         weights = candidate_weights(loaded.model, policy, policy_path, statistics, cache_bytes=0)
         content = policy_path.read_bytes()
         # Quantizing reads no weight but the matrix's own, so each may be replaced in turn.

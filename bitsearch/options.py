@@ -68,6 +68,10 @@ Damage = Annotated[str, typer.Option(help="Damage estimator: see `bitsearch list
 Quantizer = Annotated[
     str | None, typer.Option(help="See `bitsearch list quantizers`.  [default: rtn]")
 ]
+Prepare = Annotated[
+    str | None,
+    typer.Option(help="Exact change of the model before: see `bitsearch list preparations`."),
+]
 Statistics = Annotated[
     Path | None, typer.Option(help="Calibration statistics, if not beside the policy.")
 ]

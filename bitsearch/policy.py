@@ -83,18 +83,25 @@ class PolicyTarget(_Strict):
     bpw: float
 
 
-class PolicyStatistics(_Strict):
-    """The calibration statistics that the quantizer was given, a file beside the policy."""
+class PolicyFile(_Strict):
+    """A file beside the policy."""
 
     file: str = Field(pattern=r"^[^/\\\\]+$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class PolicyQuantizer(_Strict):
-    """How weights are rounded into their formats."""
+class PolicyPreparation(PolicyFile):
+    """An exact change of the model before it is quantized, by its method's name."""
 
     method: str
-    statistics: PolicyStatistics | None = None
+
+
+class PolicyQuantizer(_Strict):
+    """How weights are rounded into their formats, and the input statistics that it is given."""
+
+    method: str
+    statistics: PolicyFile | None = None
+    preparation: PolicyPreparation | None = None
 
 
 class PolicyMeasurement(_Strict):

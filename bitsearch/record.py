@@ -12,15 +12,16 @@ from bitsearch.policy import (
     Achieved,
     Policy,
     PolicyDamage,
+    PolicyFile,
     PolicyFormat,
     PolicyMeasurement,
     PolicyModel,
     PolicyModule,
+    PolicyPreparation,
     PolicyQuantizer,
-    PolicyStatistics,
     PolicyTarget,
 )
-from bitsearch.run import STATISTICS
+from bitsearch.run import PREPARATION, STATISTICS
 from bitsearch.session import Session
 from bitsearch.space import LINEAR_KINDS, Space
 from bitsearch.units import Matrix, ModelLayout, Unit
@@ -51,10 +52,8 @@ def make_policy(
         excluded=dict(layout.excluded),
         quantizer=PolicyQuantizer(
             method=session.settings.quantizer,
-            statistics=PolicyStatistics(
-                file=STATISTICS,
-                sha256=session.statistics_sha256,
-            ),
+            statistics=PolicyFile(file=STATISTICS, sha256=session.statistics_sha256),
+            preparation=_preparation(session),
         ),
         calibration=session.corpora["calibration"].describe(),
         budgets=list(budgets),
@@ -80,6 +79,13 @@ def make_policy(
             "versions": {name: _version(name) for name in ("bitsearch", "torch", "transformers")},
         },
     )
+
+
+def _preparation(session: Session) -> PolicyPreparation | None:
+    method, sha256 = session.settings.prepare, session.preparation_sha256
+    if method is None or sha256 is None:
+        return None
+    return PolicyPreparation(method=method, file=PREPARATION, sha256=sha256)
 
 
 def described_model(layout: ModelLayout, hashes: dict[str, str]) -> PolicyModel:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from bitsearch.errors import BadInput, OutOfResources, SettingsMismatch
 
 STATISTICS = "statistics.safetensors"
+PREPARATION = "preparation.safetensors"
 _LOCK, _OWNER = ".lock", ".pid"
 
 

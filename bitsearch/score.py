@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 from bitsearch.corpora import make_corpus, read_text
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.evaluate import Quality, summary
-from bitsearch.formats import Format, parse_format
-from bitsearch.models.fingerprint import fingerprint
-from bitsearch.models.load import LoadedModel, load_model, open_layout
+from bitsearch.models.load import LoadedModel, load_model, open_layout, untie_head
 from bitsearch.models.packed import POLICY
-from bitsearch.models.source import Source, with_weights
+from bitsearch.models.source import Source
 from bitsearch.policy import Policy, load_policy
-from bitsearch.quantizers import load_quantizer, needs_second_moments
-from bitsearch.run import check_same, file_sha256
+from bitsearch.restore import (
+    assignment,
+    candidate_weights,
+    check_model,
+    load_prepared,
+    preparation_of,
+)
 from bitsearch.session import embedding_rows, pick_device
-from bitsearch.units import ModelLayout, Unit
+from bitsearch.units import ModelLayout
 
 if TYPE_CHECKING:
-    from bitsearch.objectives.weights import CandidateWeights
+    pass
 
 
 def score_policy(
@@ -58,7 +61,11 @@ def score_policy(
     if policy_path is not None and reference is not None:
         raise UsageError("--policy is compared with MODEL itself: leave --reference away")
     policy = load_policy(policy_path) if policy_path is not None else None
-    layout, _, source = open_layout(model)
+    preparation = None
+    if policy is not None and policy_path is not None:
+        preparation = preparation_of(policy, policy_path, statistics)
+    untie = preparation is not None and preparation.untied
+    layout, _, source = open_layout(model, untie=untie)
     changed = None
     if policy is None and (reference is not None or source.packed):
         changed = source
@@ -67,7 +74,7 @@ def score_policy(
         check_model(policy, policy_path or Path(model) / POLICY, source)
     contents = [(text, read_text(text)) for text in texts]
     progress("evaluation", 0, 3)
-    loaded = load_model(source, dtype=dtype, device=pick_device(device))
+    loaded = load_prepared(source, preparation, dtype=dtype, device=pick_device(device))
 
     from bitsearch.models.decoder import Decoder
     from bitsearch.objectives.memory import available_bytes
@@ -133,6 +140,8 @@ def _take_over(model: Any, other: LoadedModel, source: Source) -> None:
     """Give a model the parameters of another one of its kind."""
     import torch
 
+    if not other.layout.tied:
+        untie_head(model)
     found = dict(other.model.named_parameters())
     mine = dict(model.named_parameters())
     if {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in found.items()}:
@@ -140,80 +149,3 @@ def _take_over(model: Any, other: LoadedModel, source: Source) -> None:
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(found[name])
-
-
-def check_model(policy: Policy, path: Path, source: Source) -> None:
-    """Refuse a policy that was made for another model.
-
-    Raises:
-        SettingsMismatch: the fingerprints differ.
-    """
-    found = {key: value for key, value in fingerprint(with_weights(source)).items() if value}
-    check_same(policy.model.fingerprint, found, path, "model")
-
-
-def candidate_weights(
-    model: Any, policy: Policy, path: Path, statistics: Path | None, *, cache_bytes: int
-) -> CandidateWeights:
-    """The model's weights as the policy's quantizer makes them.
-
-    Args:
-        model: the model, holding its reference weights.
-        policy: names the quantizer and its calibration statistics.
-        path: the policy's file; the statistics lie near it.
-        statistics: the statistics, if they do not.
-        cache_bytes: most bytes of codes to keep.
-
-    Raises:
-        BadInput: the statistics are missing, damaged or others.
-    """
-    from bitsearch.objectives.statistics_file import StoredMoments, read_mean_squares
-    from bitsearch.objectives.weights import CandidateWeights
-
-    device = next(model.parameters()).device
-    quantizer = load_quantizer(policy.quantizer.method)
-    file = _statistics(policy, path, statistics)
-    importance = {} if file is None else read_mean_squares(file, device)
-    moments = None
-    if needs_second_moments(quantizer):
-        if file is None:
-            raise BadInput(f"{path} names no calibration statistics, which its quantizer needs")
-        moments = StoredMoments(file, device)
-    return CandidateWeights(model, quantizer, importance, cache_bytes, moments)
-
-
-def assignment(policy: Policy, layout: ModelLayout) -> list[tuple[Unit, Format]]:
-    """The policy's format of every matrix of a model, one single-matrix unit each.
-
-    Raises:
-        BadInput: the policy leaves a matrix out.
-    """
-    found = []
-    for unit in layout.units:
-        for matrix in unit.matrices:
-            if matrix.name not in policy.modules:
-                raise BadInput(f"the policy says nothing about {matrix.name}")
-            single = Unit(matrix.module, unit.kind, (matrix,), unit.block)
-            found.append((single, parse_format(policy.modules[matrix.name].format)))
-    return found
-
-
-def _statistics(policy: Policy, path: Path, given: Path | None) -> Path | None:
-    """The file of the calibration statistics that the policy was made with."""
-    wanted = policy.quantizer.statistics
-    if wanted is None:
-        return None
-    # policies/ lies below the folder that holds the statistics
-    places = [given] if given else [path.parent / wanted.file, path.parent.parent / wanted.file]
-    for place in places:
-        try:
-            found = file_sha256(place)
-        except OSError:
-            continue
-        if found != wanted.sha256:
-            raise BadInput(f"{place} is not the calibration that {path} was made with")
-        return place
-    raise BadInput(
-        f"{path} was made with calibration statistics '{wanted.file}', which is not beside it; "
-        "give it with --statistics"
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from bitsearch.policy import save_policy
 from bitsearch.record import make_policy
 from bitsearch.rules import NO_RULES, Rules
 from bitsearch.run import atomic_write
-from bitsearch.session import Session
+from bitsearch.session import Progress, Session
 from bitsearch.solvers import load_solver, milp, pareto_dp
 from bitsearch.solvers.measured import needs_loss, refuse_early
 from bitsearch.solvers.monotone import monotone
@@ -35,8 +35,6 @@ from bitsearch.solvers.problem import Problem, Solution
 from bitsearch.tables import complete_table, load_table, measure_table
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +69,7 @@ def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.
         (units, candidates), +inf where not allowed, made monotone in bytes.
     """
     space = session.space
+    session.progress = progress
     load = load_estimator(estimator)
     if complete_table(session.run, estimator) and (session.run.path / "model.json").exists():
         damage = load_table(session.run, estimator, space)

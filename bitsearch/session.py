@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import parse_formats
 from bitsearch.models.fingerprint import fingerprint
 from bitsearch.models.load import LoadedModel, load_model, open_layout
+from bitsearch.preparations import Scene, load_method, prepare
 from bitsearch.quantizers import load_quantizer, needs_second_moments
-from bitsearch.run import STATISTICS, Run, atomic_write, check_same, file_sha256
+from bitsearch.run import PREPARATION, STATISTICS, Run, atomic_write, check_same, file_sha256
 from bitsearch.settings import (
     SCHEMA,
     Settings,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from bitsearch.models.decoder import Decoder
     from bitsearch.objectives.weights import CandidateWeights
 
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
 log = logging.getLogger(__name__)
 
 
@@ -65,8 +67,14 @@ class Session:
         if path.exists():
             check_same(plain(stored_settings(run.path)), plain(settings), path)
         refuse_unfused(settings.target, settings.fuse)
+        self.progress: Progress = lambda *_: None
+        self._untie = False
+        if settings.prepare is not None:
+            self._untie = load_method(settings.prepare).unties
+            if settings.dtype != "float32":
+                raise UsageError(f"--prepare {settings.prepare} needs --dtype float32")
         layout, _, self.source = open_layout(
-            settings.model, revision=settings.revision, fuse=settings.fuse
+            settings.model, revision=settings.revision, fuse=settings.fuse, untie=self._untie
         )
         self.space: Space = make_space(
             layout,
@@ -121,22 +129,52 @@ class Session:
         return with_weights(self.source)
 
     @cached_property
-    def loaded(self) -> LoadedModel:
-        """The model with its weights."""
+    def _opened(self) -> LoadedModel:
+        """The model with its weights, before any preparation."""
         log.info("loading %s", self.settings.model)
         return load_model(
             self.loaded_source,
             dtype=self.settings.dtype,
             device=self.device,
             fuse=self.settings.fuse,
+            untie=self._untie,
         )
 
     @cached_property
     def decoder(self) -> Decoder:
-        """The model, cut at its blocks."""
+        """The prepared model, cut at its blocks."""
         from bitsearch.models.decoder import Decoder
 
-        return Decoder(self.loaded.model, self.space.layout.blocks)
+        decoder = Decoder(self._opened.model, self.space.layout.blocks)
+        if self.settings.prepare is not None:
+            self._prepare(decoder, self.settings.prepare)
+        return decoder
+
+    def _prepare(self, decoder: Decoder, name: str) -> None:
+        """Apply the stored preparation, or find it and store it."""
+        from bitsearch.models.preparation import load_preparation
+
+        path = self.run.path / PREPARATION
+        if path.exists():
+            load_preparation(path).apply(decoder.model)
+            return
+        scene = Scene(
+            decoder,
+            self.space.layout,
+            self.space.candidates,
+            self.corpora["calibration"].tokens,
+            self.settings.seed,
+            partial(self.progress, f"preparation ({name})"),
+        )
+        atomic_write(path, prepare(name, scene).parts())
+
+    @cached_property
+    def preparation_sha256(self) -> str | None:
+        """Hash of the preparation, if there is one."""
+        if self.settings.prepare is None:
+            return None
+        _ = self.decoder
+        return file_sha256(self.run.path / PREPARATION)
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
@@ -149,7 +187,7 @@ class Session:
     def _windows(self) -> dict[str, Corpus]:
         settings = self.settings
         plan = TextPlan(settings.texts, settings.own_texts, settings.length, settings.windows)
-        return load_corpora(plan, self.loaded.tokenizer, embedding_rows(self.loaded.model))
+        return load_corpora(plan, self._opened.tokenizer, embedding_rows(self._opened.model))
 
     @cached_property
     def importance(self) -> dict[str, Tensor]:
@@ -198,7 +236,7 @@ class Session:
 
         quantizer, importance = load_quantizer(self.settings.quantizer), self.importance
         return CandidateWeights(
-            self.loaded.model,
+            self.decoder.model,
             quantizer,
             importance,
             available_bytes(self.decoder.device) // 3,
@@ -216,6 +254,7 @@ class Session:
             "quantizer": self.settings.quantizer,
             "dtype": self.settings.dtype,
             "seed": self.settings.seed,
+            **({"preparation": made} if (made := self.preparation_sha256) else {}),
         }
 
 

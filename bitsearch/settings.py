@@ -37,6 +37,7 @@ class Settings:
         dtype: dtype that the model runs in.
         seed: of everything random.
         target: the engine that policies are for.
+        prepare: name of the preparation of the model, if there is one.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Settings:
     dtype: str
     seed: int
     target: str
+    prepare: str | None = None
 
 
 def stored_settings(folder: Path) -> Settings:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitsearch.errors import BadInput
+from bitsearch.models.writing import content, header
 from bitsearch.quantizers.second_moment import SecondMoment
 from bitsearch.units import Unit
 
@@ -30,9 +31,6 @@ def statistics_parts(
 ) -> Iterator[bytes]:
     """The bytes of a statistics file, piece by piece.
 
-    The safetensors library wants all tensors in memory at once; these are written as
-    they are made.
-
     Args:
         corpus: hash of the text that they are of.
         means: (in,) mean squares by matrix name.
@@ -40,32 +38,20 @@ def statistics_parts(
         moments: (in, in), one of each of these units.
     """
     units = list(units)
-    shapes = {name: list(means[name].shape) for name in sorted(means)}
+    shapes = {name: tuple(means[name].shape) for name in sorted(means)}
     for unit in units:
-        shapes[_entry(unit.name)] = [unit.matrices[0].in_features] * 2
+        shapes[_entry(unit.name)] = (unit.matrices[0].in_features,) * 2
     of = {matrix.name: unit.name for unit in units for matrix in unit.matrices}
     metadata = {"corpus": corpus, **({_UNITS: json.dumps(of)} if of else {})}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    start = 0
-    for name, shape in shapes.items():
-        end = start + 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    yield header(((name, torch.float32, shape) for name, shape in shapes.items()), metadata)
     for name in sorted(means):
-        yield _bytes(means[name])
+        yield content(means[name].float())
     for moment in moments:
-        yield _bytes(moment)
+        yield content(moment.float())
 
 
 def _entry(unit: str) -> str:
     return f"{unit}:second_moment"
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.float().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
 def read_mean_squares(path: Path, device: Any) -> dict[str, Tensor]:

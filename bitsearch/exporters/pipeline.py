@@ -24,13 +24,13 @@ from bitsearch.exporters.base import (
 )
 from bitsearch.formats import BF16
 from bitsearch.models.fingerprint import fingerprint
-from bitsearch.models.load import load_model, open_layout, quiet
+from bitsearch.models.load import open_layout, quiet
 from bitsearch.models.packed import POLICY
 from bitsearch.models.source import with_weights
 from bitsearch.policy import Policy, PolicyDamage, PolicyQuantizer, load_policy, save_policy
 from bitsearch.record import Assignment, achieved, declared, described_model, described_modules
+from bitsearch.restore import candidate_weights, check_model, load_prepared, preparation_of
 from bitsearch.run import atomic_write
-from bitsearch.score import candidate_weights, check_model
 from bitsearch.session import pick_device
 from bitsearch.targets import Kind, Target, load_target, target_names
 from bitsearch.units import ModelLayout
@@ -89,7 +89,8 @@ def export_policy(
     with appearing(out, size, force, (POLICY, RECORD)) as folder:
         checkpoint = None
         if source is not None:
-            loaded = load_model(source, dtype="float32", device=pick_device(device))
+            preparation = preparation_of(policy, policy_path, statistics)
+            loaded = load_prepared(source, preparation, dtype="float32", device=pick_device(device))
             weights = candidate_weights(
                 loaded.model, policy, policy_path, statistics, cache_bytes=0
             )

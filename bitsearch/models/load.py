@@ -46,7 +46,7 @@ class LoadedModel:
 
 
 def open_layout(
-    reference: str, *, revision: str | None = None, fuse: bool = True
+    reference: str, *, revision: str | None = None, fuse: bool = True, untie: bool = False
 ) -> tuple[ModelLayout, PreTrainedConfig, Source]:
     """The structure of a model, without reading (or fetching) its weights.
 
@@ -54,12 +54,15 @@ def open_layout(
         reference: built-in name, folder, GGUF file, or hub id.
         revision: hub revision.
         fuse: make one unit of matrices that engines fuse at run time.
+        untie: give the head a matrix of its own.
 
     Raises:
         BadInput: the model is missing, broken or of a kind that cannot be searched.
     """
     source = resolve(reference, revision=revision)
     config = read_config(source)
+    if untie:
+        _untie_config(config)
     layout = find_layout(
         skeleton(config),
         reference=source.reference,
@@ -77,6 +80,7 @@ def load_model(
     device: torch.device | str = "cpu",
     attention: str | None = None,
     fuse: bool = True,
+    untie: bool = False,
 ) -> LoadedModel:
     """Load a model with its weights, and check that they are complete and finite.
 
@@ -86,6 +90,7 @@ def load_model(
         device: where the parameters go.
         attention: attention implementation of transformers, None for its default.
         fuse: as in `open_layout`.
+        untie: as in `open_layout`; the head begins as a copy of the embedding.
 
     Raises:
         BadInput: weights or tokenizer are missing, broken or of another model.
@@ -100,6 +105,8 @@ def load_model(
         tensors(source)  # transformers would not name the damaged file
     model = _weights(source, _float_type(dtype), device, attention)
     model.requires_grad_(False)
+    if untie:
+        untie_head(model)
     _check_finite(source, model)
     tokenizer = _tokenizer(source)
     _check_vocabulary(source, model, tokenizer)
@@ -111,6 +118,23 @@ def load_model(
         fuse=fuse,
     )
     return LoadedModel(model, tokenizer, layout, source.where)
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give a model's head a copy of the embedding, if they are one parameter."""
+    from torch import nn
+
+    opened: Any = model
+    embedding, head = opened.get_input_embeddings(), opened.get_output_embeddings()
+    _untie_config(model.config)
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+        opened.all_tied_weights_keys = {}
+
+
+def _untie_config(config: PreTrainedConfig) -> None:
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
 
 
 def _weights(

@@ -75,6 +75,7 @@ def content(space: Space) -> dict[str, Any]:
         "quantizer": {
             "method": "rtn",
             "statistics": {"file": "statistics.safetensors", "sha256": "a" * 64},
+            "preparation": {"method": "awq", "file": "preparation.safetensors", "sha256": "b" * 64},
         },
         "calibration": None,
         "budgets": ["4.5bpw"],

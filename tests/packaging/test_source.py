@@ -20,7 +20,7 @@ LAYERS = (
     {"kernels", "quantizers"},
     {"budget", "corpora", "models", "policy", "rules", "space", "targets", "texts"},
     {"objectives"},
-    {"solvers"},
+    {"preparations", "solvers"},
     {"appearing", "evaluate", "run", "settings", "tables"},
     {"plan", "recipes", "session"},
     {
@@ -32,6 +32,7 @@ LAYERS = (
         "interactions",
         "judge",
         "record",
+        "restore",
         "score",
         "search",
     },
