@@ -17,6 +17,7 @@ GROUP = "bitsearch.exporters"
 
 EXPORTERS = {
     "compressed-tensors": "bitsearch.exporters.compressed_tensors:EXPORTER",
+    "llama.cpp": "bitsearch.exporters.llama_cpp:EXPORTER",
 }
 
 
