@@ -142,58 +142,88 @@ def read(path: Path, layout: ModelLayout) -> Reading:
         path = path / (GGUF_FILE if (path / GGUF_FILE).exists() else TYPES_FILE)
     if not path.exists():
         raise BadInput(f"{path} does not exist")
-    matrices = {m.name: m for unit in layout.units for m in unit.matrices}
-    parts = parts_of(matrices, layout.model_type, len(layout.blocks))
-    wanted = [part.name for found in parts.values() for part in found]
-    types = _stored_types(path) if path.suffix == ".gguf" else _listed_types(path, wanted)
-    formats, notes = {}, []
-    for name, found in parts.items():
-        kinds = {_known(types, part.name, path) for part in found}
-        if len(kinds) > 1:
-            raise BadInput(f"{path}: the halves of {name} have different types, {sorted(kinds)}")
-        kind = kinds.pop()
-        formats[name] = _format(kind, name, matrices[name].in_features, path)
-        if kind == "F32":
-            notes.append(f"{name} is F32 there and bf16 in the policy")
-    return Reading(formats, "rtn", tuple(notes))
+    if path.suffix == ".gguf":
+        tensors = {tensor.name: tensor for tensor in read_tensors(path)}
+        _check_sizes(path, tensors, layout)
+        types = {name: tensor.tensor_type for name, tensor in tensors.items()}
+    else:
+        wanted = [part.name for parts in _layout_parts(layout).values() for part in parts]
+        types = listed_types(path.read_text(encoding="utf-8"), str(path), wanted)
+    return formats_of(types, layout, str(path))
 
 
-def _stored_types(path: Path) -> dict[str, Type]:
-    return {tensor.name: tensor.tensor_type for tensor in read_tensors(path)}
+def listed_types(text: str, where: str, names: Iterable[str]) -> dict[str, Type]:
+    """The type that a tensor-type file gives each tensor, as `llama-quantize` searches it.
 
-
-def _listed_types(path: Path, names: Iterable[str]) -> dict[str, Type]:
-    """The type that `llama-quantize` would give each tensor: as it searches patterns."""
+    Raises:
+        BadInput: a word is no pattern with a type.
+    """
     rules = []
-    for word in path.read_text(encoding="utf-8").split():
-        text, _, kind = word.partition("=")
+    for word in text.split():
+        pattern, _, kind = word.partition("=")
         try:
-            rules.append((re.compile(text.lower()), Type[kind.upper()]))
+            rules.append((re.compile(pattern.lower()), Type[kind.upper()]))
         except (KeyError, re.error) as error:
-            raise BadInput(f"{path}: '{word}' is not PATTERN=TYPE ({error})") from error
+            raise BadInput(f"{where}: '{word}' is not PATTERN=TYPE ({error})") from error
     found = {}
     for name in names:
-        matching = [kind for pattern, kind in rules if pattern.search(name)]
+        matching = [kind for rule, kind in rules if rule.search(name)]
         if matching:
             found[name] = matching[0]
     return found
 
 
-def _known(types: Mapping[str, Type], name: str, path: Path) -> str:
+def formats_of(types: Mapping[str, Type], layout: ModelLayout, where: str) -> Reading:
+    """The format of every matrix from the types of tensors.
+
+    Raises:
+        BadInput: a type is missing or none of bitsearch's, or parts of one matrix differ.
+    """
+    matrices = {m.name: m for unit in layout.units for m in unit.matrices}
+    formats, notes = {}, []
+    for name, parts in _layout_parts(layout).items():
+        kinds = {_known(types, part.name, where) for part in parts}
+        if len(kinds) > 1:
+            raise BadInput(f"{where}: the halves of {name} have different types, {sorted(kinds)}")
+        kind = kinds.pop()
+        formats[name] = _format(kind, name, matrices[name].in_features, where)
+        if kind == "F32":
+            notes.append(f"{name} is F32 there and bf16 in the policy")
+    return Reading(formats, "rtn", tuple(notes))
+
+
+def _check_sizes(path: Path, tensors: Mapping[str, gguf.ReaderTensor], layout: ModelLayout) -> None:
+    """Refuse a file whose tensors have other sizes than the model's."""
+    matrices = {m.name: m for unit in layout.units for m in unit.matrices}
+    for name, parts in _layout_parts(layout).items():
+        for part in parts:
+            found = tensors.get(part.name)
+            if found is not None and found.n_elements * len(parts) != matrices[name].parameters:
+                raise BadInput(
+                    f"{path}: {part.name} has {found.n_elements} weights; is it of another model?"
+                )
+
+
+def _layout_parts(layout: ModelLayout) -> dict[str, tuple[Part, ...]]:
+    names = [matrix.name for unit in layout.units for matrix in unit.matrices]
+    return parts_of(names, layout.model_type, len(layout.blocks))
+
+
+def _known(types: Mapping[str, Type], name: str, where: str) -> str:
     if name not in types:
-        raise BadInput(f"{path} says nothing of {name}; is it of another model?")
+        raise BadInput(f"{where} says nothing of {name}; is it of another model?")
     return types[name].name
 
 
-def _format(kind: str, name: str, columns: int, path: Path) -> Format:
+def _format(kind: str, name: str, columns: int, where: str) -> Format:
     """The format of a ggml type."""
     plain = {"F32": "bf16", "BF16": "bf16", "F16": "fp16"}
     found = plain.get(kind, f"gguf-{kind.lower()}")
     if kind not in plain and found not in BLOCKS:
-        raise BadInput(f"{path}: {name} is {kind}, which bitsearch has no format for")
+        raise BadInput(f"{where}: {name} is {kind}, which bitsearch has no format for")
     format = parse_format(found)
     if not format.fits(columns):
-        raise BadInput(f"{path}: {kind} cannot hold {name}, whose rows have {columns} weights")
+        raise BadInput(f"{where}: {kind} cannot hold {name}, whose rows have {columns} weights")
     return format
 
 

@@ -65,6 +65,11 @@ def torchao(rows: int, columns: int, format: Format) -> int:
     return rows * (columns + 3 * format.groups(columns))
 
 
+def gguf(rows: int, columns: int, format: Format) -> int:
+    """ggml's blocks, whose bytes the format itself counts; norms and biases are float32."""
+    return format.bytes(rows, columns)
+
+
 def _words(count: int, bits: int) -> int:
     """32-bit words that hold `count` codes."""
     return -(-count * bits // 32)
@@ -75,4 +80,5 @@ STORED = {
     "compressed-tensors": Stored(compressed_tensors),
     "gptq": Stored(gptq),
     "torchao": Stored(torchao),
+    "gguf": Stored(gguf, kept=4),
 }

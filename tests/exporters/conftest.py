@@ -38,6 +38,12 @@ def policy_with(layout: ModelLayout, hashes: dict[str, str], formats: Mapping[st
     return policy_of(layout, hashes, Reading(named), {})
 
 
+@pytest.fixture(scope="session")
+def policy_for() -> Callable[..., Policy]:
+    """`policy_with`, for layouts of one's own."""
+    return policy_with
+
+
 @pytest.fixture
 def make_policy(layout: ModelLayout, hashes: dict[str, str], tmp_path: Path) -> Make:
     """Writes a policy of `tiny`: formats by module name without `model.layers.`."""
