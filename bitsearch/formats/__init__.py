@@ -23,13 +23,14 @@ from bitsearch.formats import (
     integer,
     levels,
     sixteen,
+    sparse,
 )
 from bitsearch.formats.base import Format
 from bitsearch.formats.sixteen import BF16, FP16
 
 _BASES = (integer.parse, affine.parse, levels.parse, dialect.parse, codebook.parse)
 _OTHERS = (sixteen.parse, gguf.parse)
-_SPLITS = (columns.parse,)
+_SPLITS = (columns.parse, sparse.parse)
 
 
 def parse_format(name: str) -> Format:

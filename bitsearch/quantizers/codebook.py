@@ -69,6 +69,12 @@ def unpack(packed: dict[str, Tensor], format: CodebookFormat, in_features: int) 
 def quantize(weight: Tensor, format: CodebookFormat, importance: Tensor | None = None) -> Codebook:
     """Quantize an (out, in) matrix to a codebook a row.
 
+    Args:
+        weight: (out, in), any float dtype, finite.
+        format: the format.
+        importance: (in,) non-negative mean squares of the inputs, or (out, in) weights of
+            each squared error.
+
     Raises:
         BadInput: a weight is too large for float16.
     """
@@ -82,9 +88,10 @@ def quantize(weight: Tensor, format: CodebookFormat, importance: Tensor | None =
     h = torch.ones(weight.shape[1], device=weight.device)
     if importance is not None and float(importance.sum()) > 0:
         h = importance.float().to(weight.device)
-    h = h / h.mean()
+    h = (h / h.mean()).expand(weight.shape)
     rows = max(1, _CHUNK // weight.shape[1])
-    entries = torch.cat([_entries(part, h, 2**format.bits) for part in weight.split(rows)])
+    parts = zip(weight.split(rows), h.split(rows), strict=True)
+    entries = torch.cat([_entries(part, mass, 2**format.bits) for part, mass in parts])
     return Codebook(format, _codes(weight, entries), entries)
 
 
@@ -121,7 +128,7 @@ class _SortedRows:
     @classmethod
     def of(cls, weight: Tensor, h: Tensor) -> _SortedRows:
         ascending, order = weight.double().sort(dim=1)
-        mass = h.double()[order]
+        mass = h.double().gather(1, order)
         terms = (mass, mass * ascending, mass * ascending.square())
         left = [torch.nn.functional.pad(term.cumsum(1), (1, 0)) for term in terms]
         return cls(ascending, (left[0], left[1], left[2]))

@@ -25,6 +25,7 @@ CODECS = {
     "lut": "bitsearch.quantizers.codebook:CODEC",
     "dialect4": "bitsearch.quantizers.dialect:CODEC",
     "columns": "bitsearch.quantizers.columns:CODEC",
+    "sparse": "bitsearch.quantizers.sparse:CODEC",
     **dict.fromkeys(gguf.BLOCKS, "bitsearch.quantizers.gguf_blocks:CODEC"),
 }
 
