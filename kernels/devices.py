@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bitsearch import registry
 from bitsearch.errors import BadInput, BitsearchError
@@ -17,7 +20,15 @@ from bitsearch.errors import BadInput, BitsearchError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bitsearch.kernels.decoder_shape import DecoderShape
+    from bitsearch.kernels.regime import Regime
     from bitsearch.quantizers.codec import Encoded
+    from bitsearch.units import Unit
+
+    Parts = Sequence[Encoded | Tensor]
+    Linear = Callable[[Tensor], Tensor]
+    UnitParts = Callable[[Unit], tuple[str, Parts | None]]
+    Vectors = Callable[[str], NDArray[np.float32]]
 
 GROUP = "bitsearch.devices"
 DEVICES = {
@@ -98,12 +109,16 @@ class Device(Protocol):
 
     Attributes:
         name: as it is registered.
+        place: torch's name of where its inputs and outputs lie, such as `cpu`.
+        dtype: torch's name of their type.
         clock: what times are read from: `wall`, `thread` (processor time of the one
             thread that computes) or `events`.
         stability: when its timings count.
     """
 
     name: str
+    place: str
+    dtype: str
     clock: str
     stability: Stability
 
@@ -119,6 +134,12 @@ class Device(Protocol):
     def calibrate(self) -> dict[str, float]:
         """Measured `launch_us`, `read_gbps` and `gflops`, for the analytic model."""
 
+    def formats(self) -> tuple[str, ...]:
+        """Names of the formats that its tables hold unless others are asked for."""
+
+    def now(self) -> int:
+        """Nanoseconds on its clock, once what was launched is done."""
+
     def kernel(self, launch: Launch) -> str:
         """The kernel that executes a launch.
 
@@ -133,18 +154,58 @@ class Device(Protocol):
             NoKernel: no kernel executes the launch.
         """
 
-    def linear(
-        self, launch: Launch, parts: Sequence[Encoded | Tensor]
-    ) -> Callable[[Tensor], Tensor]:
-        """What runs a launch on weights of ours: (m, k) float32 to (m, n) float32.
+    def linear(self, launch: Launch, parts: Parts | None) -> Linear:
+        """What runs a launch on weights of ours: (m, k) to (m, n).
 
         Args:
             launch: which; every call has its m tokens.
             parts: the matrices of the launch in row order, encoded in its format; of a
-                16-bit format the weights themselves.
+                16-bit format the weights themselves. None: random ones.
 
         Raises:
             NoKernel: no kernel executes it.
+        """
+
+
+class Step(Protocol):
+    """Something of a model that runs again and again."""
+
+    def sample(self) -> tuple[float, float]:
+        """Nanoseconds of one run: on the device's clock, and on the wall's."""
+
+    def close(self) -> None:
+        """Free what it alone holds."""
+
+
+class Assembled(Protocol):
+    """A model with every unit in a format, on a device."""
+
+    @property
+    def step(self) -> Step:
+        """Everything that a step computes, from token ids to logits."""
+
+    @property
+    def stack(self) -> Step:
+        """Its launches alone, in the same order on the same weights."""
+
+    def close(self) -> None:
+        """Free the memory."""
+
+
+@runtime_checkable
+class OwnDecoder(Protocol):
+    """A device that runs whole decoders of the Llama kind by itself."""
+
+    def decoder(
+        self, shape: DecoderShape, units: UnitParts, vectors: Vectors, regime: Regime
+    ) -> Assembled:
+        """A model of a shape, each unit with its format and weights.
+
+        Args:
+            shape: what it computes.
+            units: a unit's format name, and its matrices; None draws random ones.
+            vectors: norms and biases by parameter name.
+            regime: of its steps.
         """
 
 

@@ -66,15 +66,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_new_tensor_2d": (_P, (_P, c_int, _I64, _I64)),
     "ggml_new_tensor_3d": (_P, (_P, c_int, _I64, _I64, _I64)),
     "ggml_new_tensor_4d": (_P, (_P, c_int, _I64, _I64, _I64, _I64)),
-    "ggml_set_input": (None, (_P,)),
-    "ggml_set_output": (None, (_P,)),
     "ggml_mul_mat": (_P, (_P, _P, _P)),
     "ggml_add": (_P, (_P, _P, _P)),
     "ggml_mul": (_P, (_P, _P, _P)),
     "ggml_scale": (_P, (_P, _P, c_float)),
-    "ggml_cont": (_P, (_P, _P)),
     "ggml_get_rows": (_P, (_P, _P, _P)),
-    "ggml_set_rows": (_P, (_P, _P, _P, _P)),
     "ggml_rms_norm": (_P, (_P, _P, c_float)),
     "ggml_reshape_2d": (_P, (_P, _P, _I64, _I64)),
     "ggml_reshape_3d": (_P, (_P, _P, _I64, _I64, _I64)),
@@ -86,11 +82,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_swiglu_split": (_P, (_P, _P, _P)),
     "ggml_geglu_split": (_P, (_P, _P, _P)),
     "ggml_rope_ext": (_P, (_P, _P, _P, _P, c_int, c_int, c_int, *(c_float,) * 6)),
-    "ggml_soft_max_ext": (_P, (_P, _P, _P, c_float, c_float)),
+    "ggml_cpy": (_P, (_P, _P, _P)),
+    "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, c_float, c_float, c_float)),
     "ggml_new_graph_custom": (_P, (_P, _SIZE, c_bool)),
     "ggml_build_forward_expand": (None, (_P, _P)),
     "ggml_quantize_chunk": (_SIZE, (c_int, _P, _P, _I64, _I64, _I64, _P)),
-    "ggml_backend_alloc_ctx_tensors": (_P, (_P, _P)),
     "ggml_backend_alloc_buffer": (_P, (_P, _SIZE)),
     "ggml_backend_buffer_get_base": (_P, (_P,)),
     "ggml_backend_tensor_alloc": (c_int, (_P, _P, _P)),
@@ -213,8 +209,9 @@ class Tensors:
         size += self.library.graph_overhead_custom(count, False) + 1024
         self.context: int = self.library.init(_InitParams(size, None, True))
         self._buffers: list[int] = []
+        self._allocators: list[int] = []
         self._end = weakref.finalize(
-            self, _end_tensors, self.library, self.context, self._buffers, backend
+            self, _end_tensors, self.library, self.context, self._buffers, self._allocators, backend
         )
 
     def new(self, type: str, *shape: int) -> int:
@@ -270,12 +267,28 @@ class Tensors:
             self.library.build_forward_expand(graph, result)
         return graph
 
+    def schedule(self, graph: int) -> None:
+        """Give memory to what a graph computes; it is used again once nobody reads it.
+
+        Raises:
+            OutOfResources: there is not that much memory.
+        """
+        kind = self.library.backend_get_default_buffer_type(self.backend.handle)
+        allocator = self.library.gallocr_new(kind)
+        self._allocators.append(allocator)
+        if not self.library.gallocr_alloc_graph(allocator, graph):
+            raise OutOfResources("ggml cannot have the memory for a step's activations")
+
     def close(self) -> None:
         """Free the memory."""
         self._end()
 
 
-def _end_tensors(library: Library, context: int, buffers: list[int], _: Backend) -> None:
+def _end_tensors(
+    library: Library, context: int, buffers: list[int], allocators: list[int], _: Backend
+) -> None:
+    for allocator in allocators:
+        library.gallocr_free(allocator)
     for buffer in buffers:
         library.backend_buffer_free(buffer)
     library.free(context)

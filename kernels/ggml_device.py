@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitsearch.formats import parse_format
-from bitsearch.kernels import processor
+from bitsearch.formats.gguf import BLOCKS
 from bitsearch.kernels.devices import Launch, NoKernel
 from bitsearch.kernels.ggml import Backend, Tensors, encode, features, library_version
+from bitsearch.kernels.ggml_decoder import GgmlModel
 from bitsearch.kernels.ggml_formats import block_of, blocks, decode, type_of
 from bitsearch.kernels.on_processor import OnProcessor, copies_for
 from bitsearch.kernels.random_weights import inputs, relative_error, tile
+from bitsearch.kernels.regime import Regime, launch_of
+from bitsearch.units import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitsearch.quantizers.codec import Encoded
+    from bitsearch.kernels.decoder_shape import DecoderShape
+    from bitsearch.kernels.devices import Linear, Parts, UnitParts, Vectors
 
 # What ggml rounds the activations of each type to before it multiplies.
 _ACTIVATIONS = {"f16": "float16", "bf16": "bfloat16"}
@@ -46,12 +49,23 @@ class GgmlDevice(OnProcessor):
     def timed(self, launch: Launch, rotation: int, seed: int) -> GgmlTimed:
         return GgmlTimed(self, launch, self._type(launch), rotation, seed)
 
-    def linear(
-        self, launch: Launch, parts: Sequence[Encoded | Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    def formats(self) -> tuple[str, ...]:
+        return (*BLOCKS, "bf16", "fp16")
+
+    def linear(self, launch: Launch, parts: Parts | None) -> Linear:
         type = self._type(launch)
-        weights = np.concatenate([blocks(part, type) for part in parts])
-        return _Linear(self.backend, launch, weights, type)
+        return _Linear(self.backend, launch, stored(launch, parts, type), type)
+
+    def decoder(
+        self, shape: DecoderShape, units: UnitParts, vectors: Vectors, regime: Regime
+    ) -> GgmlModel:
+        def rows(unit: Unit) -> tuple[str, NDArray[np.uint8]]:
+            name, parts = units(unit)
+            launch = launch_of(unit, name, regime)
+            type = self._type(launch)
+            return type, stored(launch, parts, type)
+
+        return GgmlModel(self.backend, shape, rows, vectors, regime)
 
     def _type(self, launch: Launch) -> str:
         """The ggml type that executes a launch."""
@@ -75,7 +89,7 @@ class GgmlTimed:
     ) -> None:
         self.kernel = type
         self.activations = _ACTIVATIONS.get(type, "int8")
-        self._backend, self._clock = device.backend, device.clock
+        self._device, self._backend = device, device.backend
         encoded = encode(tile(launch.n, launch.k, seed), type)
         whole = np.resize(encoded, (launch.n, encoded.shape[1]))
         self._copies = copies_for(whole.nbytes, rotation)
@@ -96,9 +110,9 @@ class GgmlTimed:
         self.error = relative_error(found, given, decode(encoded, type))
 
     def sample(self) -> float:
-        start = processor.now(self._clock)
+        start = self._device.now()
         self._backend.compute(self._graph)
-        return (processor.now(self._clock) - start) / self._copies
+        return (self._device.now() - start) / self._copies
 
     def close(self) -> None:
         self._tensors.close()
@@ -125,6 +139,14 @@ class _Linear:
         self._tensors.write(self._x, x.numpy())
         self._backend.compute(self._graph)
         return torch.from_numpy(self._tensors.read(self._y, self._shape))
+
+
+def stored(launch: Launch, parts: Parts | None, type: str) -> NDArray[np.uint8]:
+    """The (n, bytes of a row) weights of a launch; random ones by ggml's own encoder."""
+    if parts is not None:
+        return np.concatenate([blocks(part, type) for part in parts])
+    encoded = encode(tile(launch.n, launch.k, 0), type)
+    return np.resize(encoded, (launch.n, encoded.shape[1]))
 
 
 def open_device(threads: int) -> GgmlDevice:

@@ -23,11 +23,16 @@ class OnProcessor:
     """The part of a device that is the processor's, whatever computes on it."""
 
     name: str
+    place = "cpu"
+    dtype = "float32"
     stability = STABILITY
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.clock = processor.clock(threads)
+
+    def now(self) -> int:
+        return processor.now(self.clock)
 
     def machine(self) -> dict[str, str]:
         return processor.processor()

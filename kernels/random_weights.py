@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+from bitsearch.formats import parse_format
+from bitsearch.kernels.devices import Launch
+
+if TYPE_CHECKING:
+    from bitsearch.kernels.devices import Parts
 
 _TILE = 256  # rows drawn; larger matrices repeat them, which no kernel notices
 
@@ -32,3 +40,24 @@ def relative_error(
     exact = x.astype(np.float64) @ weights.astype(np.float64).T
     exact = np.resize(exact.T, found.T.shape).T
     return float(np.abs(found - exact).max() / np.abs(exact).max())
+
+
+def random_parts(launch: Launch, seed: int) -> tuple[Parts, NDArray[np.float32]]:
+    """Matrices that hold a launch's rows at least, and values that these repeat.
+
+    Args:
+        launch: of one format.
+        seed: of the weights.
+    """
+    import torch
+
+    from bitsearch.quantizers.rtn import quantize
+
+    format = parse_format(launch.segments[0][1])
+    rows = torch.from_numpy(tile(launch.n, launch.k, seed))
+    repeats = -(-launch.n // len(rows))
+    if format.exact:
+        dtype = torch.bfloat16 if format.kind == "bf16" else torch.float16
+        return [rows] * repeats, rows.to(dtype).float().numpy()
+    encoded = quantize(rows, format)
+    return [encoded] * repeats, encoded.dequantize().numpy()

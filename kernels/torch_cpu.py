@@ -10,22 +10,19 @@ int4 kernel also wants its scales in bfloat16, which moves them by up to 0.4 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from bitsearch.formats import Format, parse_format
-from bitsearch.kernels import processor
 from bitsearch.kernels.devices import Launch, NoKernel
 from bitsearch.kernels.on_processor import OnProcessor, copies_for
-from bitsearch.kernels.random_weights import inputs, relative_error, tile
+from bitsearch.kernels.random_weights import inputs, random_parts, relative_error
 
 if TYPE_CHECKING:
-    from bitsearch.quantizers.codec import Encoded
+    from bitsearch.kernels.devices import Linear, Parts
 
 _GROUPS = (32, 64, 128, 256)
 _ROWS = 16  # rows of an int4 matrix come in such many
@@ -37,6 +34,7 @@ class TorchCpu(OnProcessor):
     """torch's kernels on this processor, on a number of threads."""
 
     name = "torch-cpu"
+    dtype = "bfloat16"
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -70,12 +68,13 @@ class TorchCpu(OnProcessor):
     def timed(self, launch: Launch, rotation: int, seed: int) -> TorchTimed:
         return TorchTimed(self, launch, rotation, seed)
 
-    def linear(
-        self, launch: Launch, parts: Sequence[Encoded | Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    def formats(self) -> tuple[str, ...]:
+        return (*(f"int4-g{size}" for size in _GROUPS), "int8-row-sym", "bf16")
+
+    def linear(self, launch: Launch, parts: Parts | None) -> Linear:
         kernel, format = self.kernel(launch), parse_format(launch.segments[0][1])
-        weights = packed(kernel, format, parts)
-        return lambda x: run(kernel, format, x.bfloat16(), weights).float()
+        weights = packed(kernel, format, parts or random_parts(launch, 0)[0], launch.n)
+        return lambda x: run(kernel, format, x, weights)
 
 
 class TorchTimed:
@@ -84,16 +83,11 @@ class TorchTimed:
     activations = "bfloat16"
 
     def __init__(self, device: TorchCpu, launch: Launch, rotation: int, seed: int) -> None:
-        from bitsearch.quantizers.rtn import quantize
-
         self.kernel = device.kernel(launch)
         self._format = parse_format(launch.segments[0][1])
-        self._clock = device.clock
-        rows = torch.from_numpy(tile(launch.n, launch.k, seed))
-        part: Encoded | Tensor = rows if self._format.exact else quantize(rows, self._format)
-        values = rows.bfloat16().float() if isinstance(part, Tensor) else part.dequantize()
-        repeats = -(-launch.n // len(rows))
-        whole = packed(self.kernel, self._format, [part] * repeats, launch.n)
+        self._device = device
+        parts, values = random_parts(launch, seed)
+        whole = packed(self.kernel, self._format, parts, launch.n)
         size = sum(tensor.nbytes for tensor in whole)
         self.bytes = size + 2 * launch.m * (launch.n + launch.k)
         self._weights = [
@@ -102,21 +96,19 @@ class TorchTimed:
         given = inputs(launch.m, launch.k, seed)
         self._x = torch.from_numpy(given).bfloat16()
         found = run(self.kernel, self._format, self._x, self._weights[0]).float().numpy()
-        self.error = relative_error(found, given, values.numpy().astype(np.float32))
+        self.error = relative_error(found, given, values)
 
     def sample(self) -> float:
-        start = processor.now(self._clock)
+        start = self._device.now()
         for weights in self._weights:
             run(self.kernel, self._format, self._x, weights)
-        return (processor.now(self._clock) - start) / len(self._weights)
+        return (self._device.now() - start) / len(self._weights)
 
     def close(self) -> None:
         self._weights.clear()
 
 
-def packed(
-    kernel: str, format: Format, parts: Sequence[Encoded | Tensor], rows: int | None = None
-) -> Packed:
+def packed(kernel: str, format: Format, parts: Parts, rows: int | None = None) -> Packed:
     """The first `rows` of stacked matrices as a kernel takes them."""
     if kernel == "linear":
         tensors = [part for part in parts if isinstance(part, Tensor)]
