@@ -22,6 +22,7 @@ def catalogue(kind: str) -> Rows:
         "solvers": _solvers,
         "quantizers": _quantizers,
         "preparations": _preparations,
+        "devices": _devices,
         "formats": _formats,
         "models": _models,
         "recipes": _recipes,
@@ -73,6 +74,12 @@ def _preparations() -> Rows:
 
     names = registry.names(GROUP, PREPARATIONS)
     return [{"name": name, "about": load_method(name).about} for name in names]
+
+
+def _devices() -> Rows:
+    from bitsearch.kernels.devices import DEVICES, GROUP
+
+    return _registered(GROUP, DEVICES)
 
 
 def _formats() -> Rows:

@@ -44,6 +44,7 @@ from bitsearch.options import (
     least_bits,
     own_texts,
 )
+from bitsearch.profile_command import profile
 
 if TYPE_CHECKING:
     from bitsearch.session import Session
@@ -327,6 +328,9 @@ def quantize(
 add_commands(app)
 
 
+app.command()(profile)
+
+
 @app.command()
 def check(
     path: Annotated[Path, typer.Argument(help="A policy, a table, or a run directory.")],
@@ -345,7 +349,8 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            help="estimators, solvers, formats, quantizers, models, recipes, exporters or targets."
+            help="estimators, solvers, formats, quantizers, models, recipes, exporters, targets "
+            "or devices."
         ),
     ],
     json_: Json = False,

@@ -125,8 +125,14 @@ class Device(Protocol):
     def machine(self) -> dict[str, str]:
         """What a time depends on; a table of other values is of another machine."""
 
+    def source(self) -> str:
+        """Version of the kernels: that of a library, or the hash of a source of our own."""
+
+    def threads(self) -> int | None:
+        """Processor threads that compute; None where that says nothing."""
+
     def facts(self) -> dict[str, Any]:
-        """What else the header of a table says: versions, threads, clocks, caches."""
+        """What else the header of a table says: drivers, clocks, caches, energy counter."""
 
     def cache_bytes(self) -> int:
         """Size of the last-level cache."""

@@ -28,6 +28,7 @@ DISTRIBUTION = "libggml-python"
 TYPES = {
     **{"f32": 0, "f16": 1, "bf16": 30, "i32": 26, "i64": 27},
     **{"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "mxfp4": 39},
+    **{"iq4_nl": 20, "iq4_xs": 23},
     **{"q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14},
 }
 _FEATURES = (
@@ -59,7 +60,6 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_free": (None, (_P,)),
     "ggml_version": (c_char_p, ()),
     "ggml_nbytes": (_SIZE, (_P,)),
-    "ggml_row_size": (_SIZE, (c_int, _I64)),
     "ggml_tensor_overhead": (_SIZE, ()),
     "ggml_graph_overhead_custom": (_SIZE, (_SIZE, c_bool)),
     "ggml_new_tensor_1d": (_P, (_P, c_int, _I64)),
@@ -86,7 +86,6 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, c_float, c_float, c_float)),
     "ggml_new_graph_custom": (_P, (_P, _SIZE, c_bool)),
     "ggml_build_forward_expand": (None, (_P, _P)),
-    "ggml_quantize_chunk": (_SIZE, (c_int, _P, _P, _I64, _I64, _I64, _P)),
     "ggml_backend_alloc_buffer": (_P, (_P, _SIZE)),
     "ggml_backend_buffer_get_base": (_P, (_P,)),
     "ggml_backend_tensor_alloc": (c_int, (_P, _P, _P)),
@@ -292,19 +291,3 @@ def _end_tensors(
     for buffer in buffers:
         library.backend_buffer_free(buffer)
     library.free(context)
-
-
-def encode(weights: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
-    """(rows, columns) weights in a ggml type by ggml's own encoder: (rows, bytes of a row).
-
-    Columns must be whole blocks of the type.
-    """
-    rows, columns = weights.shape
-    weights = np.ascontiguousarray(weights, np.float32)
-    if type == "f32":
-        return weights.view(np.uint8)
-    encoded = np.empty((rows, library().row_size(TYPES[type], columns)), np.uint8)
-    library().quantize_chunk(
-        TYPES[type], weights.ctypes.data, encoded.ctypes.data, 0, rows, columns, None
-    )
-    return encoded

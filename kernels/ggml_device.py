@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from bitsearch.formats import parse_format
 from bitsearch.formats.gguf import BLOCKS
 from bitsearch.kernels.devices import Launch, NoKernel
-from bitsearch.kernels.ggml import Backend, Tensors, encode, features, library_version
+from bitsearch.kernels.ggml import Backend, Tensors, features, library_version
 from bitsearch.kernels.ggml_decoder import GgmlModel
-from bitsearch.kernels.ggml_formats import block_of, blocks, decode, type_of
+from bitsearch.kernels.ggml_formats import block_of, blocks, type_of
 from bitsearch.kernels.on_processor import OnProcessor, copies_for
-from bitsearch.kernels.random_weights import inputs, relative_error, tile
+from bitsearch.kernels.random_weights import inputs, random_parts, relative_error
 from bitsearch.kernels.regime import Regime, launch_of
 from bitsearch.units import Unit
 
@@ -37,8 +37,8 @@ class GgmlDevice(OnProcessor):
         super().__init__(threads)
         self.backend = Backend(threads)
 
-    def machine(self) -> dict[str, str]:
-        return super().machine() | {"library": library_version()}
+    def source(self) -> str:
+        return library_version()
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"instructions": features()}
@@ -50,7 +50,8 @@ class GgmlDevice(OnProcessor):
         return GgmlTimed(self, launch, self._type(launch), rotation, seed)
 
     def formats(self) -> tuple[str, ...]:
-        return (*BLOCKS, "bf16", "fp16")
+        known = (name for name in BLOCKS if type_of(parse_format(name)))
+        return (*known, "bf16", "fp16")
 
     def linear(self, launch: Launch, parts: Parts | None) -> Linear:
         type = self._type(launch)
@@ -90,8 +91,8 @@ class GgmlTimed:
         self.kernel = type
         self.activations = _ACTIVATIONS.get(type, "int8")
         self._device, self._backend = device, device.backend
-        encoded = encode(tile(launch.n, launch.k, seed), type)
-        whole = np.resize(encoded, (launch.n, encoded.shape[1]))
+        parts, values = random_parts(launch, seed)
+        whole = stored(launch, parts, type)
         self._copies = copies_for(whole.nbytes, rotation)
         self.bytes = whole.nbytes + 4 * launch.m * (launch.n + launch.k)
         self._tensors = Tensors(self._backend, 2 * self._copies + 8)
@@ -107,7 +108,7 @@ class GgmlTimed:
         self._graph = self._tensors.graph(results)
         self._backend.compute(self._graph)
         found = self._tensors.read(results[-1], (launch.m, launch.n))
-        self.error = relative_error(found, given, decode(encoded, type))
+        self.error = relative_error(found, given, values)
 
     def sample(self) -> float:
         start = self._device.now()
@@ -142,11 +143,10 @@ class _Linear:
 
 
 def stored(launch: Launch, parts: Parts | None, type: str) -> NDArray[np.uint8]:
-    """The (n, bytes of a row) weights of a launch; random ones by ggml's own encoder."""
-    if parts is not None:
-        return np.concatenate([blocks(part, type) for part in parts])
-    encoded = encode(tile(launch.n, launch.k, 0), type)
-    return np.resize(encoded, (launch.n, encoded.shape[1]))
+    """The (n, bytes of a row) weights of a launch; random ones if there are none."""
+    parts = parts or random_parts(launch, 0)[0]
+    encoded = {id(part): blocks(part, type) for part in parts}  # random parts repeat one
+    return np.concatenate([encoded[id(part)] for part in parts])[: launch.n]
 
 
 def open_device(threads: int) -> GgmlDevice:

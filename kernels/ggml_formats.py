@@ -18,6 +18,8 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from bitsearch.formats import Format
+from bitsearch.formats.gguf import BLOCKS, GgufFormat
+from bitsearch.kernels.ggml import TYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 _OF_INTEGERS = {4: "q4_0", 5: "q5_0", 8: "q8_0"}
-_K_BLOCK = 256
 
 
 def type_of(format: Format) -> str | None:
     """The ggml type that executes a format; None if there is none."""
-    if format.kind.startswith("gguf-"):
-        return format.kind.removeprefix("gguf-")
+    if isinstance(format, GgufFormat):
+        type = format.kind.removeprefix("gguf-")
+        return type if type in TYPES else None
     if format.exact:
         return "f16" if format.kind == "fp16" else format.kind
     if format.kind == "int" and format.symmetric and (format.group_size or 1) % BLOCK == 0:
@@ -42,9 +44,8 @@ def type_of(format: Format) -> str | None:
 
 def block_of(type: str) -> int:
     """Weights of a block of a ggml type."""
-    if type.endswith("_k"):
-        return _K_BLOCK
-    return 1 if type in ("f32", "f16", "bf16") else BLOCK
+    name = f"gguf-{type}"
+    return BLOCKS[name][1] if name in BLOCKS else 1
 
 
 def decode(encoded: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
@@ -65,7 +66,7 @@ def blocks(part: Encoded | Tensor, type: str) -> NDArray[np.uint8]:
     if isinstance(part, torch.Tensor):
         sixteen = part.cpu().to(torch.bfloat16 if type == "bf16" else torch.float16)
         return sixteen.contiguous().view(torch.uint8).numpy()
-    if part.format.kind.startswith("gguf-"):
+    if isinstance(part.format, GgufFormat):
         return part.pack()["blocks"].numpy()
     integers: Any = part
     codes = integers.codes.cpu().numpy()

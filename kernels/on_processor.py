@@ -28,7 +28,7 @@ class OnProcessor:
     stability = STABILITY
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
+        self._threads = threads
         self.clock = processor.clock(threads)
 
     def now(self) -> int:
@@ -37,8 +37,11 @@ class OnProcessor:
     def machine(self) -> dict[str, str]:
         return processor.processor()
 
+    def threads(self) -> int:
+        return self._threads
+
     def facts(self) -> dict[str, Any]:
-        return {"threads": self.threads, "energy": _energy()}
+        return {"cache_bytes": self.cache_bytes(), "energy": _energy()}
 
     def cache_bytes(self) -> int:
         return processor.last_level_cache()

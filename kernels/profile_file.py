@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitsearch.errors import BadInput
-from bitsearch.kernels.devices import Launch, machine_name
+from bitsearch.kernels.devices import Device, Launch, machine_name
 
 SCHEMA: Literal["bitsearch.profile/1"] = "bitsearch.profile/1"
 
@@ -32,16 +32,16 @@ class Protocol(_Strict):
 
     Attributes:
         clock: `wall`, `thread` or `events`.
+        threads: of the processor, None where that says nothing.
         rotation_bytes: weights that a pass goes through before it sees one again.
         rounds: passes over all cells, each in a new random order.
-        graph: whether launches of a pass are replayed as one graph.
         seed: of weights, inputs and orders.
     """
 
     clock: str
+    threads: int | None = Field(default=None, ge=1)
     rotation_bytes: Size
     rounds: Size
-    graph: bool
     seed: int = Field(ge=0)
 
 
@@ -88,8 +88,8 @@ class Header(_Strict):
     Attributes:
         device: registered name of the device.
         machine: what times depend on; compared before a table is used.
-        facts: versions, threads, clocks, energy counter.
-        kernels: hash of the kernels' source where it is ours; else the library's version.
+        kernels: version of the kernels, compared as well: of a library, or a source's hash.
+        facts: drivers, clocks, caches, energy counter.
         calibration: measured `launch_us`, `read_gbps` and `gflops`.
         model: whose shapes were timed.
         model_type: its architecture family.
@@ -212,13 +212,14 @@ def load_profile(path: Path) -> Profile:
     return Profile(header=header, cells=cells)
 
 
-def check_machine(profile: Profile, here: dict[str, str], path: Path) -> None:
+def check_machine(profile: Profile, device: Device, path: Path) -> None:
     """Refuse the table of another machine.
 
     Raises:
         BadInput: it is one; both are named.
     """
-    there = profile.header.machine
+    there = profile.header.machine | {"kernels": profile.header.kernels}
+    here = device.machine() | {"kernels": device.source()}
     if there != here:
         differing = [key for key in sorted(there.keys() | here) if there.get(key) != here.get(key)]
         raise BadInput(

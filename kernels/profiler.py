@@ -18,7 +18,7 @@ from bitsearch.kernels.devices import Device, Launch, NoKernel, Timed
 from bitsearch.kernels.profile_file import Cell, Sentinel
 
 EVERY = 20  # cells from one sentinel to the next
-_LEAST_SAMPLES = 3  # of a cell in a round
+_LEAST_SAMPLES, _MOST_SAMPLES = 3, 64  # of a cell in a round
 _LEAST_SECONDS = 0.02
 
 
@@ -40,7 +40,9 @@ class Samples:
         timed.sample()
         taken: list[float] = []
         started = time.perf_counter()
-        while len(taken) < _LEAST_SAMPLES or time.perf_counter() - started < _LEAST_SECONDS:
+        while len(taken) < _LEAST_SAMPLES or (
+            len(taken) < _MOST_SAMPLES and time.perf_counter() - started < _LEAST_SECONDS
+        ):
             taken.append(timed.sample())
         self.times += taken
         return taken
@@ -50,6 +52,7 @@ def time_launches(
     device: Device,
     launches: Sequence[Launch],
     *,
+    rotation: int,
     rounds: int,
     seed: int,
     fixed_us: float,
@@ -60,6 +63,7 @@ def time_launches(
     Args:
         device: what runs them.
         launches: what to time, each once.
+        rotation: bytes of weights that a pass goes through before it sees one again.
         rounds: passes over all of them.
         seed: of weights, inputs and orders.
         fixed_us: time of the smallest launch.
@@ -78,7 +82,6 @@ def time_launches(
             refused[launch] = str(error)
     if not samples:
         raise BadInput(f"device {device.name} has no kernel for any of these shapes and formats")
-    rotation = 2 * device.cache_bytes() + 1
     watched = next(iter(samples))
     sentinel: list[float] = []
     generator = random.Random(seed)

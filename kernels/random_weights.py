@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,10 @@ from bitsearch.formats import parse_format
 from bitsearch.kernels.devices import Launch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bitsearch.kernels.devices import Parts
+    from bitsearch.quantizers.codec import Encoded
 
 _TILE = 256  # rows drawn; larger matrices repeat them, which no kernel notices
 
@@ -49,15 +53,21 @@ def random_parts(launch: Launch, seed: int) -> tuple[Parts, NDArray[np.float32]]
         launch: of one format.
         seed: of the weights.
     """
+    part, values = _encoded(launch.segments[0][1], launch.n, launch.k, seed)
+    return [part] * -(-launch.n // len(values)), values
+
+
+@lru_cache(maxsize=256)
+def _encoded(name: str, n: int, k: int, seed: int) -> tuple[Encoded | Tensor, NDArray[np.float32]]:
+    """A tile of random weights in a format, and its values."""
     import torch
 
     from bitsearch.quantizers.rtn import quantize
 
-    format = parse_format(launch.segments[0][1])
-    rows = torch.from_numpy(tile(launch.n, launch.k, seed))
-    repeats = -(-launch.n // len(rows))
+    format = parse_format(name)
+    rows = torch.from_numpy(tile(n, k, seed))
     if format.exact:
         dtype = torch.bfloat16 if format.kind == "bf16" else torch.float16
-        return [rows] * repeats, rows.to(dtype).float().numpy()
+        return rows, rows.to(dtype).float().numpy()
     encoded = quantize(rows, format)
-    return [encoded] * repeats, encoded.dequantize().numpy()
+    return encoded, encoded.dequantize().numpy()

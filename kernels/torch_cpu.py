@@ -40,8 +40,8 @@ class TorchCpu(OnProcessor):
         super().__init__(threads)
         torch.set_num_threads(threads)
 
-    def machine(self) -> dict[str, str]:
-        return super().machine() | {"library": f"torch {torch.__version__}"}
+    def source(self) -> str:
+        return f"torch {torch.__version__}"
 
     def kernel(self, launch: Launch) -> str:
         if len(launch.segments) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.machinery import ModuleSpec
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bitsearch.kernels import ggml
 from bitsearch.kernels.devices import Device, Launch, NoKernel, device_names, open_device
 from bitsearch.quantizers.codec import Encoded
 from bitsearch.quantizers.rtn import quantize
+from bitsearch.testing_devices import Clockwork, check_device
 
 FORMATS = {
     "ggml": (
@@ -53,9 +55,11 @@ def test_a_fused_set_is_multiplied_as_its_values_say(
     for m, k in product((1, 3), (256, 768)):
         parts, values = parts_of(name, (32, k), (16, k))
         x = torch.randn(m, k)
-        found = devices[device].linear(Launch(m, k, ((48, name),)), parts)(x)
+        on = devices[device]
+        given = x.to(on.place, getattr(torch, on.dtype))
+        found = on.linear(Launch(m, k, ((48, name),)), parts)(given)
         exact = x.double() @ values.double().T
-        assert found.shape == (m, 48) and found.dtype == torch.float32
+        assert found.shape == (m, 48) and found.dtype == given.dtype
         assert float((found - exact).abs().max() / exact.abs().max()) < 0.02
 
 
@@ -69,14 +73,21 @@ def test_integers_become_blocks_of_the_same_values(name: str) -> None:
     assert torch.equal(torch.from_numpy(decode(blocks(part, type), type)), values)
 
 
-@pytest.mark.parametrize(("device", "name"), CASES)
-def test_a_timed_launch_computes_what_it_times(
-    devices: dict[str, Device], device: str, name: str
-) -> None:
-    timed = devices[device].timed(Launch(2, 512, ((304, name),)), 1 << 20, 0)
-    assert timed.sample() > 0 and 0 < timed.error < 0.03
-    assert timed.bytes > 304 * 512 // 8
-    timed.close()
+@pytest.mark.parametrize("device", FORMATS)
+def test_devices_keep_their_contract(devices: dict[str, Device], device: str) -> None:
+    check_device(devices[device])
+
+
+def test_the_contract_can_fail(clockwork: Clockwork) -> None:
+    check_device(clockwork)
+
+    class Wrong(Clockwork):
+        def linear(self, launch: Launch, parts: Any) -> Any:
+            right = super().linear(launch, parts)
+            return lambda x: 1.1 * right(x)
+
+    with pytest.raises(AssertionError, match=r"int4-g32 at 64 × 512: error 0\.1"):
+        check_device(Wrong(clockwork.rate))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,10 +28,10 @@ def header(cells: int) -> Header:
         date="2026-01-01",
         device="ggml",
         machine=MACHINE,
-        facts={"threads": 1},
+        facts={},
         kernels="ggml 0",
         calibration={"launch_us": 1.0},
-        protocol=Protocol(clock="thread", rotation_bytes=1, rounds=3, graph=True, seed=0),
+        protocol=Protocol(clock="thread", threads=1, rotation_bytes=1, rounds=3, seed=0),
         sentinel=None,
         model="tiny",
         model_type="llama",
@@ -89,10 +90,25 @@ def test_damage_is_named_by_its_line(path: Path) -> None:
         load_profile(path)
 
 
+class Here:
+    """What a device tells of where it is."""
+
+    def __init__(self, **differences: str) -> None:
+        self._machine = MACHINE | differences
+
+    def machine(self) -> dict[str, str]:
+        return self._machine
+
+    def source(self) -> str:
+        return "ggml 0"
+
+
 def test_another_machine_is_refused_and_both_are_named(path: Path) -> None:
     profile = load_profile(path)
-    check_machine(profile, dict(MACHINE), path)
+    here: Any = Here()
+    check_machine(profile, here, path)
+    other: Any = Here(name="Other CPU")
     with pytest.raises(BadInput) as refused:
-        check_machine(profile, MACHINE | {"name": "Other CPU"}, path)
+        check_machine(profile, other, path)
     message = str(refused.value)
     assert "Some CPU" in message and "Other CPU" in message and "differ in name" in message

@@ -22,7 +22,7 @@ LAYERS = (
     {"objectives"},
     {"preparations", "solvers"},
     {"appearing", "evaluate", "run", "settings", "tables"},
-    {"plan", "recipes", "session"},
+    {"plan", "profile", "recipes", "session"},
     {
         "calibration_loss",
         "checkpoint",
@@ -36,8 +36,8 @@ LAYERS = (
         "score",
         "search",
     },
-    {"catalogue", "check", "exporters", "report", "testing", "testing_measured"},
-    {"__main__", "cli", "commands_export", "console", "options", "printing"},
+    {"catalogue", "check", "exporters", "report", "testing", "testing_devices", "testing_measured"},
+    {"__main__", "cli", "commands_export", "console", "options", "printing", "profile_command"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
