@@ -4,7 +4,8 @@
 
 Every unit of the model, embedding included, is put into one format by one quantizer
 and measured on held-out text. Differences are paired by window, against `rtn`.
-Stopped and started again, it goes on.
+Units whose rows a GGUF type cannot cut into its blocks take the type that llama.cpp
+falls back to. Stopped and started again, it goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,19 @@ from typing import Any
 import numpy as np
 
 from bitsearch.evaluate import interval
+from bitsearch.formats import parse_formats
 from bitsearch.judge import Judge
 from bitsearch.run import atomic_write, read_json
 from bitsearch.session import open_session
+
+FALLBACK = {
+    "gguf-q2_k": "gguf-q4_0",
+    "gguf-q3_k": "gguf-q4_0",
+    "gguf-iq4_xs": "gguf-iq4_nl",
+    "gguf-q4_k": "gguf-q5_0",
+    "gguf-q5_k": "gguf-q5_1",
+    "gguf-q6_k": "gguf-q8_0",
+}
 
 
 def main() -> None:
@@ -44,21 +56,25 @@ def main() -> None:
         parser.error(f"{options.results} was made with {content['asked']}; give another --results")
     rows = content.setdefault("rows", [])
     for quantizer in options.quantizers.split(","):
-        measure(quantizer, options, rows)
-        content["versions"] = {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            **{name: version(name) for name in ("bitsearch", "torch", "transformers")},
-        }
-        atomic_write(options.results, (json.dumps(content, indent=1) + "\n").encode())
+        for row in measure(quantizer, options, rows):
+            rows.append(row)
+            content["versions"] = {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("bitsearch", "torch", "transformers")},
+            }
+            atomic_write(options.results, (json.dumps(content, indent=1) + "\n").encode())
     print_table(rows)
 
 
-def measure(quantizer: str, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Add the rows of one quantizer that are missing."""
+def measure(
+    quantizer: str, options: argparse.Namespace, rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one quantizer that are missing."""
+    formats = [format.name for format in parse_formats(options.formats)]
+    others = {FALLBACK[name] for name in formats if name in FALLBACK} - set(formats)
     given = {
         "quantizer": quantizer,
-        "candidates": options.formats,
+        "candidates": ",".join([*formats, *sorted(others)]),
         "length": options.length,
         "windows": options.windows,
         "seed": options.seed,
@@ -67,35 +83,45 @@ def measure(quantizer: str, options: argparse.Namespace, rows: list[dict[str, An
     folder = options.out / f"{options.model}-{quantizer}-{options.formats}"
     with open_session(options.model, folder, options.device, given) as session:
         space = session.space
+        parameters = np.array([unit.parameters for unit in space.units])
         done = {(row["quantizer"], row["format"]) for row in rows}
-        for index, candidate in enumerate(space.candidates):
-            if (quantizer, candidate.name) in done:
+        names = [candidate.name for candidate in space.candidates]
+        for index, name in enumerate(formats):
+            if (quantizer, name) in done:
                 continue
             session.save()
             judge = Judge(session, "evaluation")
-            choice = np.full(len(space.units), index)
+            fitting = space.allowed[:, index]
+            choice = np.where(fitting, index, names.index(FALLBACK.get(name, name)))
             nll = judge.reference_nll
             _ = session.weights
             start = time.perf_counter()
-            for unit in space.units:
+            for unit, candidate in space.assignment(choice):
                 for matrix in unit.matrices:
                     session.weights.quantized(matrix, candidate)
             seconds = time.perf_counter() - start
             found = judge.quality(choice)
-            rows.append(
-                {
-                    "quantizer": quantizer,
-                    "format": candidate.name,
-                    "bytes": space.total_bytes(choice),
-                    "seconds": round(seconds, 1),
-                    "kl": found.mean_kl,
-                    "kl_ci": interval(found.kl),
-                    "perplexity": found.perplexity,
-                    "reference_perplexity": float(np.exp(nll.mean())),
-                    "top1": float(found.top1.mean()),
-                    "windows": found.kl.tolist(),
-                }
-            )
+            yield {
+                "quantizer": quantizer,
+                "format": name,
+                "fitting": float(fitting @ parameters / parameters.sum()),
+                "device": device_name(session.device),
+                "bytes": space.total_bytes(choice),
+                "seconds": round(seconds, 1),
+                "kl": found.mean_kl,
+                "kl_ci": interval(found.kl),
+                "perplexity": found.perplexity,
+                "reference_perplexity": float(np.exp(nll.mean())),
+                "top1": float(found.top1.mean()),
+                "windows": found.kl.tolist(),
+            }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's architecture."""
+    import torch
+
+    return torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
