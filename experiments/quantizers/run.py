@@ -74,6 +74,7 @@ def measure(
     others = {FALLBACK[name] for name in formats if name in FALLBACK} - set(formats)
     given = {
         "quantizer": quantizer,
+        "target": "none",
         "candidates": ",".join([*formats, *sorted(others)]),
         "length": options.length,
         "windows": options.windows,

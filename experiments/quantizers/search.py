@@ -88,7 +88,7 @@ def main() -> None:
 def opened(options: argparse.Namespace, quantizer: str, folder: str, **given: Any) -> Any:
     """A session of the model with the options' texts."""
     given |= {name: getattr(options, name) for name in ("length", "windows", "seed")}
-    given["quantizer"] = quantizer
+    given |= {"quantizer": quantizer, "target": "none"}
     return open_session(
         options.model, options.out / f"{options.model}-{quantizer}-{folder}", options.device, given
     )
