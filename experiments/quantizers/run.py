@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True, help="folder of run directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON file, also to go on from")
-    parser.add_argument("--quantizers", default="rtn,gptq", help="rtn first")
+    parser.add_argument(
+        "--quantizers", default="rtn,gptq", help="rtn first; rtn/awq after a preparation"
+    )
     parser.add_argument("--formats", default="int{2,3,4}-g64")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--windows", default="64,1,64")
@@ -72,8 +74,10 @@ def measure(
     """The rows of one quantizer that are missing."""
     formats = [format.name for format in parse_formats(options.formats)]
     others = {FALLBACK[name] for name in formats if name in FALLBACK} - set(formats)
+    method, _, prepare = quantizer.partition("/")
     given = {
-        "quantizer": quantizer,
+        "quantizer": method,
+        "prepare": prepare or None,
         "target": "none",
         "candidates": ",".join([*formats, *sorted(others)]),
         "length": options.length,
@@ -81,7 +85,7 @@ def measure(
         "seed": options.seed,
     }
     # the formats name the run: more of them may be asked for later
-    folder = options.out / f"{options.model}-{quantizer}-{options.formats}"
+    folder = options.out / f"{options.model}-{quantizer.replace('/', '-')}-{options.formats}"
     with open_session(options.model, folder, options.device, given) as session:
         space = session.space
         parameters = np.array([unit.parameters for unit in space.units])

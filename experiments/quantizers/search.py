@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True, help="folder of run directories")
     parser.add_argument("--results", type=Path, required=True, help="JSON file, also to go on from")
-    parser.add_argument("--quantizers", default="rtn,gptq")
+    parser.add_argument(
+        "--quantizers", default="rtn,gptq", help="such as rtn; rtn/awq after a preparation"
+    )
     parser.add_argument(
         "--uniform", default="int{3,4}-g{64,128}", help="formats that set the bytes"
     )
@@ -88,10 +90,10 @@ def main() -> None:
 def opened(options: argparse.Namespace, quantizer: str, folder: str, **given: Any) -> Any:
     """A session of the model with the options' texts."""
     given |= {name: getattr(options, name) for name in ("length", "windows", "seed")}
-    given |= {"quantizer": quantizer, "target": "none"}
-    return open_session(
-        options.model, options.out / f"{options.model}-{quantizer}-{folder}", options.device, given
-    )
+    method, _, prepare = quantizer.partition("/")
+    given |= {"quantizer": method, "prepare": prepare or None, "target": "none"}
+    run = options.out / f"{options.model}-{quantizer.replace('/', '-')}-{folder}"
+    return open_session(options.model, run, options.device, given)
 
 
 def same_bytes(
