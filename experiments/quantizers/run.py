@@ -62,7 +62,7 @@ def main() -> None:
             rows.append(row)
             content["versions"] = {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("bitsearch", "torch", "transformers")},
+                **{name: version(name) for name in ("torch", "transformers")},
             }
             atomic_write(options.results, (json.dumps(content, indent=1) + "\n").encode())
     print_table(rows)

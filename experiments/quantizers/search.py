@@ -5,10 +5,10 @@
 For every quantizer, at the bytes of each uniform format of `--uniform`: that format
 everywhere, against the exact solver's policy over each set of candidates, scored and
 measured with the same quantizer, as it is: no selection, no controls. Then, with
-the last quantizer and the embedding kept at 16 bits: uniform 3 bits in groups of
+`--gap gptq` and the embedding kept at 16 bits: uniform 3 bits in groups of
 128 against `search` at the same bytes, and the share of the gap in perplexity to
 the 16-bit model that it closes on each text (Sieberling et al., "EvoPress", ICML
-2025, table 4, ask the same). Stopped and started again, it goes on.
+2025, ask the same). Stopped and started again, it goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,34 +55,33 @@ def main() -> None:
     )
     parser.add_argument(
         "--sets",
-        default="widths: int{2,3,4,5,6,8}-g128; both: int{2,3,4,5,6,8}-g{64,128}",
-        help="sets of candidates",
+        default="uniform; widths: int{2,3,4,5,6,8}-g128; both: int{2,3,4,5,6,8}-g{64,128}",
+        help="sets of candidates; `uniform` is the one format alone",
     )
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", default="8,16,32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--gap", action="store_true", help="the last part too")
+    parser.add_argument("--gap", help="quantizer of the last part; none leaves it out")
     options = parser.parse_args()
     asked = {name: getattr(options, name) for name in ("model", "length", "windows", "seed")}
     content = read_json(options.results) if options.results.exists() else {"asked": asked}
     if content["asked"] != asked:
         parser.error(f"{options.results} was made with {content['asked']}; give another --results")
-    content["versions"] = {
-        name: version(name) for name in ("bitsearch", "numpy", "torch", "transformers")
-    }
+    content["versions"] = {name: version(name) for name in ("numpy", "torch", "transformers")}
     rows = content.setdefault("rows", [])
 
     def keep() -> None:
         atomic_write(options.results, (json.dumps(content, indent=1) + "\n").encode())
 
-    sets = dict(part.strip().split(": ") for part in options.sets.split(";"))
-    for quantizer in options.quantizers.split(","):
-        for name, candidates in ({"uniform": options.uniform} | sets).items():
-            same_bytes(options, quantizer, name, candidates, rows)
-            keep()
+    for quantizer in filter(None, options.quantizers.split(",")):
+        for part in options.sets.split(";"):
+            name, _, candidates = (text.strip() for text in part.partition(":"))
+            for row in same_bytes(options, quantizer, name, candidates or options.uniform, rows):
+                rows.append(row)
+                keep()
     if options.gap and "gap" not in content:
-        content["gap"] = gap(options, options.quantizers.split(",")[-1])
+        content["gap"] = gap(options, options.gap)
         keep()
     print_rows(rows)
     print(json.dumps(content.get("gap"), indent=1))
@@ -102,8 +102,8 @@ def same_bytes(
     name: str,
     candidates: str,
     rows: list[dict[str, Any]],
-) -> None:
-    """Add a row of one set of candidates for the bytes of each uniform format."""
+) -> Iterator[dict[str, Any]]:
+    """A row of one set of candidates for the bytes of each uniform format, if it is missing."""
     done = {(row["quantizer"], row["set"], row["budget_of"]) for row in rows}
     missing = [
         format
@@ -125,20 +125,18 @@ def same_bytes(
             else:
                 choice = solved(session, limit)
             quality = judge.quality(choice)
-            rows.append(
-                {
-                    "quantizer": quantizer,
-                    "set": name,
-                    "candidates": candidates,
-                    "budget_of": format.name,
-                    "limit_bytes": limit,
-                    "bytes": session.space.total_bytes(choice),
-                    "seconds": round(time.monotonic() - start, 1),
-                    **figures(quality, judge),
-                    "windows": quality.kl.tolist(),
-                }
-            )
             print(quantizer, name, format.name, round(quality.mean_kl, 4), flush=True)
+            yield {
+                "quantizer": quantizer,
+                "set": name,
+                "candidates": candidates,
+                "budget_of": format.name,
+                "limit_bytes": limit,
+                "bytes": session.space.total_bytes(choice),
+                "seconds": round(time.monotonic() - start, 1),
+                **figures(quality, judge),
+                "windows": quality.kl.tolist(),
+            }
 
 
 def solved(session: Session, limit: int) -> NDArray[np.int64]:
