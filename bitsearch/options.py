@@ -72,6 +72,10 @@ Prepare = Annotated[
     str | None,
     typer.Option(help="Exact change of the model before: see `bitsearch list preparations`."),
 ]
+External = Annotated[
+    list[str] | None,
+    typer.Option(help="FORMAT=CHECKPOINT: weights that another tool quantized; repeatable."),
+]
 Statistics = Annotated[
     Path | None, typer.Option(help="Calibration statistics, if not beside the policy.")
 ]
@@ -90,6 +94,22 @@ def frozen_formats(freeze: list[str] | None) -> dict[str, str] | None:
     if any(not pattern for pattern, _, _ in pairs):
         raise UsageError("--freeze takes PATTERN=FORMAT, such as 'model.embed_tokens=int8-g64'")
     return {pattern: name for pattern, _, name in pairs}
+
+
+def external_paths(external: list[str] | None) -> dict[str, str] | None:
+    """`--external`: path by format name; None if it was not given.
+
+    Raises:
+        UsageError: an entry is no FORMAT=PATH, or a format is given twice.
+    """
+    if not external:
+        return None
+    pairs = [entry.partition("=") for entry in external]
+    if any(not name or not path for name, _, path in pairs):
+        raise UsageError("--external takes FORMAT=CHECKPOINT, such as int4-g64=FOLDER")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise UsageError("--external names a format twice")
+    return {name: path for name, _, path in pairs}
 
 
 def least_bits(at_least: list[str] | None) -> dict[str, int]:

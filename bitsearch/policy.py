@@ -96,12 +96,23 @@ class PolicyPreparation(PolicyFile):
     method: str
 
 
+class PolicyExternal(_Strict):
+    """A checkpoint of another tool that weights of a format were taken from."""
+
+    path: str
+    sha256: dict[str, str]
+
+
 class PolicyQuantizer(_Strict):
-    """How weights are rounded into their formats, and the input statistics that it is given."""
+    """How weights are rounded into their formats, and the input statistics that it is given.
+
+    `external` names the formats whose weights another tool made.
+    """
 
     method: str
     statistics: PolicyFile | None = None
     preparation: PolicyPreparation | None = None
+    external: dict[str, PolicyExternal] = {}
 
 
 class PolicyMeasurement(_Strict):

@@ -12,6 +12,7 @@ from bitsearch.policy import (
     Achieved,
     Policy,
     PolicyDamage,
+    PolicyExternal,
     PolicyFile,
     PolicyFormat,
     PolicyMeasurement,
@@ -54,6 +55,11 @@ def make_policy(
             method=session.settings.quantizer,
             statistics=PolicyFile(file=STATISTICS, sha256=session.statistics_sha256),
             preparation=_preparation(session),
+            external={
+                name: PolicyExternal(path=files.path, sha256=files.sha256)
+                for name, files in session.settings.external.items()
+                if name in formats
+            },
         ),
         calibration=session.corpora["calibration"].describe(),
         budgets=list(budgets),

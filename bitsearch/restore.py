@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitsearch.errors import BadInput
+from bitsearch.external import open_external
 from bitsearch.formats import Format, parse_format
 from bitsearch.models.fingerprint import fingerprint
 from bitsearch.models.load import LoadedModel, load_model
 from bitsearch.models.source import Source, with_weights
+from bitsearch.models.weights import Parameters
 from bitsearch.policy import Policy, PolicyFile
 from bitsearch.quantizers import load_quantizer, needs_second_moments
 from bitsearch.run import check_same, file_sha256
+from bitsearch.settings import ExternalFiles
 from bitsearch.units import ModelLayout, Unit
 
 if TYPE_CHECKING:
@@ -31,7 +34,14 @@ def check_model(policy: Policy, path: Path, source: Source) -> None:
 
 
 def candidate_weights(
-    model: Any, policy: Policy, path: Path, statistics: Path | None, *, cache_bytes: int
+    model: Any,
+    policy: Policy,
+    path: Path,
+    statistics: Path | None,
+    *,
+    cache_bytes: int,
+    stored: Parameters | None = None,
+    device: Any = None,
 ) -> CandidateWeights:
     """The model's weights as the policy's quantizer makes them.
 
@@ -41,14 +51,17 @@ def candidate_weights(
         path: the policy's file; the statistics lie near it.
         statistics: the statistics, if they do not.
         cache_bytes: most bytes of codes to keep.
+        stored: where the weights are, if `model` is a skeleton without any.
+        device: where weights are wanted; by default where the model is.
 
     Raises:
-        BadInput: the statistics are missing, damaged or others.
+        BadInput: the statistics, or weights of another tool, are missing, damaged or others.
     """
     from bitsearch.objectives.statistics_file import StoredMoments, read_mean_squares
     from bitsearch.objectives.weights import CandidateWeights
 
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
+    reference: Parameters = stored or model
     quantizer = load_quantizer(policy.quantizer.method)
     wanted = policy.quantizer.statistics
     file = None if wanted is None else _beside(path, wanted, statistics, "calibration")
@@ -58,7 +71,12 @@ def candidate_weights(
         if file is None:
             raise BadInput(f"{path} names no calibration statistics, which its quantizer needs")
         moments = StoredMoments(file, device)
-    return CandidateWeights(model, quantizer, importance, cache_bytes, moments)
+    files = {
+        name: ExternalFiles(found.path, found.sha256)
+        for name, found in policy.quantizer.external.items()
+    }
+    external = open_external(files, model, reference, device)
+    return CandidateWeights(reference, quantizer, importance, cache_bytes, moments, external)
 
 
 def assignment(policy: Policy, layout: ModelLayout) -> list[tuple[Unit, Format]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitsearch.corpora import Corpus, TextPlan, load_corpora
 from bitsearch.errors import BadInput, UsageError
+from bitsearch.external import described, open_external
 from bitsearch.formats import parse_formats
 from bitsearch.models.fingerprint import fingerprint
 from bitsearch.models.load import LoadedModel, load_model, open_layout
@@ -73,6 +74,10 @@ class Session:
             self._untie = load_method(settings.prepare).unties
             if settings.dtype != "float32":
                 raise UsageError(f"--prepare {settings.prepare} needs --dtype float32")
+            if settings.external:
+                raise UsageError("--external gives weights of the model as it is, not --prepare'd")
+        if strange := settings.external.keys() - set(settings.candidates):
+            raise UsageError(f"--external {min(strange)}=…: it is no candidate; see --candidates")
         layout, _, self.source = open_layout(
             settings.model, revision=settings.revision, fuse=settings.fuse, untie=self._untie
         )
@@ -243,18 +248,26 @@ class Session:
             StoredMoments(self.run.path / STATISTICS, self.device)
             if needs_second_moments(quantizer)
             else None,
+            open_external(
+                self.settings.external,
+                self._opened.model,
+                self._opened.model,
+                self.device,
+            ),
         )
 
     def table_signature(self, estimator: str) -> dict[str, Any]:
         """What a damage table's meaning depends on."""
+        settings = self.settings
         return {
             "estimator": estimator,
             "model": self.fingerprint,
             "calibration": self.corpora["calibration"].describe(),
-            "quantizer": self.settings.quantizer,
-            "dtype": self.settings.dtype,
-            "seed": self.settings.seed,
+            "quantizer": settings.quantizer,
+            "dtype": settings.dtype,
+            "seed": settings.seed,
             **({"preparation": made} if (made := self.preparation_sha256) else {}),
+            **({"external": plain(settings)["external"]} if settings.external else {}),
         }
 
 
@@ -322,6 +335,8 @@ def open_session(
         given["windows"] = parse_windows(given["windows"])
     if "candidates" in given:
         given["candidates"] = tuple(f.name for f in parse_formats(given["candidates"]))
+    if "external" in given:
+        given["external"] = described(given["external"])
     if "texts" in given:
         given["texts"] = tuple(given["texts"])
     if resumed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,19 @@ DEFAULT_CANDIDATES = "int{2,3,4,5,6,8}-g64,int{2,3,4,5,6,8}-g128,bf16"
 DEFAULT_TEXTS = ("wiki", "c4")
 DEFAULT_WINDOWS = "16,16,32"
 DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalFiles:
+    """A checkpoint of another tool, whose weights are a candidate.
+
+    Attributes:
+        path: folder or GGUF file, as the user gave it.
+        sha256: of each of its weight files, by name.
+    """
+
+    path: str
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,7 @@ class Settings:
         seed: of everything random.
         target: the engine that policies are for.
         prepare: name of the preparation of the model, if there is one.
+        external: where the weights of formats come from another tool, by format name.
     """
 
     model: str
@@ -54,6 +68,7 @@ class Settings:
     seed: int
     target: str
     prepare: str | None = None
+    external: dict[str, ExternalFiles] = field(default_factory=dict)
 
 
 def stored_settings(folder: Path) -> Settings:

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitsearch.errors import BadInput
 from bitsearch.formats import Format
-from bitsearch.models.weights import read_weight, write_weight
+from bitsearch.models.weights import Parameters, read_weight, write_weight
 from bitsearch.quantizers.codec import Encoded
+from bitsearch.quantizers.external import read_back
 from bitsearch.quantizers.second_moment import SecondMoment
 from bitsearch.units import Matrix, Unit
 
@@ -36,26 +37,30 @@ class CandidateWeights:
     a candidate is quantized once and not for each policy that contains it.
 
     Args:
-        model: the model; outside of `applied` it holds its reference weights.
+        model: the model; outside of `applied` it holds its reference weights. What only
+            quantizes, and applies nothing, may read them from a checkpoint instead.
         quantizer: (weight, format, importance) -> Encoded.
         importance: mean square of each input column, (in,), by matrix name.
         cache_bytes: most bytes of codes to keep.
         moments: second moments of the inputs by matrix name, for a quantizer that
             takes `moment`; matrices without one are told of once.
+        external: where the weights of formats come from, if another tool made them.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Parameters,
         quantizer: Quantizer,
         importance: Mapping[str, Tensor],
         cache_bytes: int,
         moments: Moments | None = None,
+        external: Mapping[Format, Parameters] | None = None,
     ) -> None:
         self.model = model
         self._quantizer = quantizer
         self._importance = importance
         self._moments = moments
+        self._external = external or {}
         self._told = False
         self._cache: OrderedDict[tuple[str, Format], tuple[Encoded, ...]] = OrderedDict()
         self._room = cache_bytes
@@ -84,6 +89,24 @@ class CandidateWeights:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
+        found = (
+            self._read_back(matrix, format)
+            if format in self._external
+            else self._rounded(matrix, format)
+        )
+        self._cache[key] = found
+        self._room -= _bytes(found)
+        while self._room < 0 and len(self._cache) > 1:
+            self._room += _bytes(self._cache.popitem(last=False)[1])
+        return found
+
+    def _read_back(self, matrix: Matrix, format: Format) -> tuple[Encoded, ...]:
+        values = read_weight(self._external[format], matrix)
+        if values.shape != (matrix.count * matrix.out_features, matrix.in_features):
+            raise BadInput(f"{matrix.name} has another shape in the weights for {format.name}")
+        return tuple(read_back(part, format, matrix.name) for part in values.chunk(matrix.count))
+
+    def _rounded(self, matrix: Matrix, format: Format) -> tuple[Encoded, ...]:
         weight = self.reference(matrix)
         if not torch.isfinite(weight).all():
             raise BadInput(f"{matrix.name} holds NaN or infinite weights; repair the checkpoint")
@@ -91,12 +114,7 @@ class CandidateWeights:
         if self._moments is not None:
             given.append(self._moment(matrix, self._moments))
         # One by one: a format may have a scale for a whole matrix.
-        found = tuple(self._quantizer(part, format, *given) for part in weight.chunk(matrix.count))
-        self._cache[key] = found
-        self._room -= _bytes(found)
-        while self._room < 0 and len(self._cache) > 1:
-            self._room += _bytes(self._cache.popitem(last=False)[1])
-        return found
+        return tuple(self._quantizer(part, format, *given) for part in weight.chunk(matrix.count))
 
     def _moment(self, matrix: Matrix, moments: Moments) -> SecondMoment | None:
         moment = moments.get(matrix.name)
@@ -111,7 +129,7 @@ class CandidateWeights:
     @contextmanager
     def applied(self, choice: Sequence[tuple[Unit, Format]]) -> Iterator[None]:
         """Hold the given units in the given formats, then restore the reference."""
-        originals: list[tuple[nn.Parameter, Tensor]] = []
+        originals: list[tuple[Tensor, Tensor]] = []
         try:
             for unit, format in choice:
                 for matrix in unit.matrices:
@@ -152,13 +170,13 @@ class CandidateWeights:
             _restore(originals)
 
 
-def _saved(model: nn.Module, matrix: Matrix) -> tuple[nn.Parameter, Tensor]:
+def _saved(model: Parameters, matrix: Matrix) -> tuple[Tensor, Tensor]:
     parameter = model.get_parameter(matrix.name)
     return parameter, parameter.detach().clone()
 
 
 @torch.no_grad()
-def _restore(originals: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+def _restore(originals: Sequence[tuple[Tensor, Tensor]]) -> None:
     # Backwards, so that a parameter written twice gets its first value back.
     for parameter, original in reversed(originals):
         parameter.copy_(original)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bitsearch.units import Matrix
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
-def read_weight(model: nn.Module, matrix: Matrix) -> Tensor:
+class Parameters(Protocol):
+    """Where weights are: a model, or a checkpoint on disk."""
+
+    def get_parameter(self, target: str) -> Tensor:
+        """The parameter of a name.
+
+        Raises:
+            AttributeError: there is none.
+        """
+
+
+def read_weight(model: Parameters, matrix: Matrix) -> Tensor:
     """A float32 copy of a matrix, shape (count · out_features, in_features).
 
     Rows of stacked experts follow one another; each row is one output.
@@ -23,7 +34,7 @@ def read_weight(model: nn.Module, matrix: Matrix) -> Tensor:
     return copy.reshape(-1, matrix.in_features)
 
 
-def write_weight(model: nn.Module, matrix: Matrix, value: Tensor) -> None:
+def write_weight(model: Parameters, matrix: Matrix, value: Tensor) -> None:
     """Overwrite a matrix in place, so that tied parameters stay tied.
 
     Args:

@@ -76,6 +76,7 @@ def content(space: Space) -> dict[str, Any]:
             "method": "rtn",
             "statistics": {"file": "statistics.safetensors", "sha256": "a" * 64},
             "preparation": {"method": "awq", "file": "preparation.safetensors", "sha256": "b" * 64},
+            "external": {"int4-g16": {"path": "theirs", "sha256": {"a.safetensors": "c" * 64}}},
         },
         "calibration": None,
         "budgets": ["4.5bpw"],

@@ -15,8 +15,20 @@ import torch
 from safetensors import safe_open
 
 from bitsearch.errors import BadInput
-from bitsearch.models import BUILTINS, builtin, fingerprint, load_model, open_layout, resolve
+from bitsearch.external import described, open_external
+from bitsearch.formats import parse_format
+from bitsearch.models import (
+    BUILTINS,
+    builtin,
+    find_units,
+    fingerprint,
+    load_model,
+    open_layout,
+    resolve,
+)
 from bitsearch.models.builtin import Builtin
+from bitsearch.objectives.weights import CandidateWeights
+from bitsearch.quantizers.rtn import quantize
 
 Make = Callable[..., Any]
 NAMES = {
@@ -36,8 +48,16 @@ NAMES = {
 }
 
 
-def write_gguf(model: Any, path: Path) -> None:
-    """Write a Llama as llama.cpp's converter does: own names, q and k rows interleaved."""
+def write_gguf(
+    model: Any, path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+) -> None:
+    """Write a Llama as llama.cpp's converter does: own names, q and k rows interleaved.
+
+    Args:
+        model: a Llama.
+        path: of the file.
+        kind: of its matrices, where rows are whole blocks.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -65,7 +85,11 @@ def write_gguf(model: Any, path: Path) -> None:
                 value = halves.transpose(1, 2).reshape(value.shape)
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
-        writer.add_tensor(name, value.contiguous().numpy())
+        content = value.contiguous().numpy()
+        if value.dim() > 1 and value.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            writer.add_tensor(name, gguf.quants.quantize(content, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, content)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -244,3 +268,26 @@ def test_builtin_models(
     output = loaded.model.generate(**prompt, max_new_tokens=9, do_sample=False)
     text = loaded.tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
     assert text.startswith(continuation)
+
+
+def test_quantized_weights_of_a_gguf_are_candidates(
+    configured: Make, instantiate: Make, tmp_path: Path
+) -> None:
+    """Read back as `--external gguf-q8_0=FILE`: what bitsearch itself encodes, bit for bit."""
+    llama = instantiate(configured("llama", tie_word_embeddings=False))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    write_gguf(llama, tmp_path / "model.gguf", kind)
+    external = described({"gguf-q8_0": str(tmp_path / "model.gguf")})
+    format = parse_format("gguf-q8_0")
+    read = open_external(external, llama, llama, "cpu")
+    weights = CandidateWeights(llama, quantize, {}, 0, None, read)
+    plain = CandidateWeights(llama, quantize, {}, 0)
+    matrices = [
+        m for unit in find_units(llama) for m in unit.matrices if format.fits(m.in_features)
+    ]
+    assert len(matrices) > 5
+    for matrix in matrices:
+        assert torch.equal(weights.candidate(matrix, format), plain.candidate(matrix, format))
+    llama.get_parameter("model.norm.weight").data.mul_(2)
+    with pytest.raises(BadInput, match=r"'model.norm.weight' is not that of the model"):
+        open_external(external, llama, llama, "cpu")

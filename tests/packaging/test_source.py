@@ -22,7 +22,7 @@ LAYERS = (
     {"objectives"},
     {"preparations", "solvers"},
     {"appearing", "evaluate", "run", "settings", "tables"},
-    {"plan", "profile", "recipes", "session"},
+    {"external", "plan", "profile", "recipes", "session"},
     {
         "calibration_loss",
         "checkpoint",
