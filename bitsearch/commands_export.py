@@ -22,6 +22,10 @@ def export(
     allow_loss: Annotated[
         str | None, typer.Option(help="Codes of accepted losses, separated by commas.")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What engines run it in: bfloat16, float16 or float32.  [default: own]"),
+    ] = None,
     statistics: Statistics = None,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an export.")] = False,
@@ -38,6 +42,7 @@ def export(
             out_,
             model=model,
             allowed={code.strip() for code in (allow_loss or "").split(",") if code.strip()},
+            dtype=dtype,
             statistics=statistics,
             device=device,
             force=force,

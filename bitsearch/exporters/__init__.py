@@ -17,6 +17,9 @@ GROUP = "bitsearch.exporters"
 
 EXPORTERS = {
     "compressed-tensors": "bitsearch.exporters.compressed_tensors:EXPORTER",
+    "gptqmodel": "bitsearch.exporters.gptqmodel:EXPORTER",
+    "autoround": "bitsearch.exporters.autoround:EXPORTER",
+    "torchao": "bitsearch.exporters.torchao:EXPORTER",
     "llama.cpp": "bitsearch.exporters.llama_cpp:EXPORTER",
 }
 

@@ -95,7 +95,8 @@ class Checkpoint:
         loaded: the model in float32, holding its reference weights.
         weights: quantizes its matrices as the policy's quantizer does.
         source: the folder or GGUF file of the model.
-        dtype: of the tensors that stay as they are, `bfloat16` or `float16`.
+        dtype: of norms and biases, and what the configuration says: `bfloat16`,
+            `float16` or `float32`.
         progress: called with stage, done, total.
     """
 

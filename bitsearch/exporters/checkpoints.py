@@ -23,6 +23,7 @@ def save_checkpoint(
     packed: Packed,
     quantization_config: Mapping[str, Any],
     folder: Path,
+    header: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """Write every tensor of a model, its configuration and its tokenizer.
 
@@ -32,6 +33,7 @@ def save_checkpoint(
         packed: (module name, encoded matrix) -> stored tensors by name.
         quantization_config: goes into config.json.
         folder: where to.
+        header: more of the metadata of each file.
 
     Returns:
         Bytes of the tensors in each file, read back.
@@ -56,7 +58,7 @@ def save_checkpoint(
     buffers = persistent_buffers(checkpoint.loaded.model)
     tensors |= {name: buffer.contiguous().cpu() for name, buffer in buffers.items()}
     try:
-        save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+        save_torch_state_dict(tensors, folder, metadata={"format": "pt", **(header or {})})
     except RuntimeError as error:  # safetensors' own errors are not OSErrors
         raise OutOfResources(f"cannot write {folder}: {error}") from error
     save_description(checkpoint, quantization_config, folder)

@@ -22,6 +22,7 @@ from bitsearch.exporters.base import Checkpoint, Exporter, Reading, Translation
 from bitsearch.exporters.checkpoints import read_json, save_checkpoint
 from bitsearch.exporters.fit import fit, fused_sets
 from bitsearch.exporters.matching import matching_modules
+from bitsearch.exporters.words import words
 from bitsearch.formats import BF16, Format
 from bitsearch.formats.integer import INT_BITS, IntFormat
 from bitsearch.policy import Policy, PolicyModule
@@ -135,18 +136,6 @@ def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:
         zeros = words(quantized.zeros.T.contiguous(), format.bits)
         found[f"{name}.weight_zero_point"] = zeros.T.contiguous()
     return found
-
-
-def words(codes: Tensor, bits: int) -> Tensor:
-    """(rows, n) codes below 2^bits -> (rows, ceil(n·bits/32)) int32, low bit first."""
-    import numpy as np
-    import torch
-
-    from bitsearch.quantizers.quantized import pack_rows
-
-    rows = pack_rows(codes.cpu().numpy(), bits)
-    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
-    return torch.from_numpy(np.ascontiguousarray(rows).view("<i4").astype(np.int32))
 
 
 def read(path: Path, layout: ModelLayout) -> Reading:

@@ -37,6 +37,7 @@ from bitsearch.units import ModelLayout
 
 RECORD = "bitsearch.json"
 _SHOWN = 3
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export_policy(
@@ -46,6 +47,7 @@ def export_policy(
     *,
     model: str | None,
     allowed: Collection[str],
+    dtype: str | None = None,
     statistics: Path | None,
     device: str,
     force: bool,
@@ -60,6 +62,8 @@ def export_policy(
         out: folder to make; it appears when it is complete.
         model: the model that the policy was made for; None writes the configuration alone.
         allowed: codes of the losses that are accepted.
+        dtype: what engines run in by default: `bfloat16`, `float16` or `float32`; by
+            default float16 if the model is, else bfloat16.
         statistics: calibration statistics; by default the file that the policy names.
         device: where to quantize.
         force: replace an earlier export.
@@ -71,6 +75,8 @@ def export_policy(
     """
     if unknown := sorted(set(allowed) - LOSSES.keys()):
         raise UsageError(f"unknown loss '{unknown[0]}'; known: {', '.join(LOSSES)}")
+    if dtype not in (None, *_DTYPES):
+        raise UsageError(f"--dtype {dtype}: write {', '.join(_DTYPES)}")
     exporter, profile = _exporter(target)
     policy = load_policy(policy_path)
     translation = exporter.translate(policy)
@@ -85,6 +91,8 @@ def export_policy(
         _, _, source = open_layout(model)
         source = with_weights(source)
         check_model(policy, policy_path, source)
+    if dtype == "float32" and translation.bytes is not None:
+        translation = replace(translation, bytes=translation.bytes + policy.achieved.kept_bytes)
     size = 0 if source is None else translation.bytes or 0
     with appearing(out, size, force, (POLICY, RECORD)) as folder:
         checkpoint = None
@@ -94,8 +102,8 @@ def export_policy(
             weights = candidate_weights(
                 loaded.model, policy, policy_path, statistics, cache_bytes=0
             )
-            kept = "float16" if loaded.layout.dtype == "float16" else "bfloat16"
-            checkpoint = Checkpoint(loaded, weights, source.path, kept, progress)
+            own = "float16" if loaded.layout.dtype == "float16" else "bfloat16"
+            checkpoint = Checkpoint(loaded, weights, source.path, dtype or own, progress)
         with saving(out), quiet():
             stored = exporter.write(policy, translation, folder, checkpoint)
             (folder / POLICY).write_bytes(policy_path.read_bytes())

@@ -58,6 +58,11 @@ def gptq(rows: int, columns: int, format: Format) -> int:
     return 4 * (codes + zeros + columns) + 2 * rows * groups
 
 
+def autoround(rows: int, columns: int, format: Format) -> int:
+    """The layout of AutoRound 0.16: that of GPTQ, without group indices."""
+    return gptq(rows, columns, format) - (0 if format.exact else 4 * columns)
+
+
 def torchao(rows: int, columns: int, format: Format) -> int:
     """IntxWeightOnly of torchao 0.18: one byte a weight at every width, and a zero point."""
     if format.exact:
@@ -79,6 +84,7 @@ STORED = {
     "packed": Stored(packed),
     "compressed-tensors": Stored(compressed_tensors),
     "gptq": Stored(gptq),
+    "autoround": Stored(autoround),
     "torchao": Stored(torchao),
     "gguf": Stored(gguf, kept=4),
 }
