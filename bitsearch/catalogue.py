@@ -101,7 +101,7 @@ def _formats() -> Rows:
     names += [*BLOCKS, *(f"lut{bits}-row" for bits in LUT_BITS), "dialect4-b32"]
     # any base takes them, in any count or share
     names += ["int3-g128+fp16x16", "int4-g128+fp16x1%", "int4-g128-sym+int8x3%"]
-    names += ["int3-g16+sparse1%", "lut3-row+sparse0.45%"]
+    names += ["int3-g16-s3", "int3-g16-s3+sparse1%", "lut3-row+sparse0.45%"]
     formats = [parse_format(name) for name in (*names, "bf16", "fp16")]
     return [
         {"name": f.name, "about": f"{8 * f.bytes(4096, 4096) / 4096**2:.4f} bpw at 4096 × 4096"}

@@ -16,6 +16,7 @@ from functools import partial
 from bitsearch.errors import UsageError
 from bitsearch.formats import (
     affine,
+    bilevel,
     codebook,
     columns,
     dialect,
@@ -28,7 +29,7 @@ from bitsearch.formats import (
 from bitsearch.formats.base import Format
 from bitsearch.formats.sixteen import BF16, FP16
 
-_BASES = (integer.parse, affine.parse, levels.parse, dialect.parse, codebook.parse)
+_BASES = (integer.parse, affine.parse, bilevel.parse, levels.parse, dialect.parse, codebook.parse)
 _OTHERS = (sixteen.parse, gguf.parse)
 _SPLITS = (columns.parse, sparse.parse)
 

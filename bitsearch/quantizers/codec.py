@@ -20,6 +20,7 @@ GROUP = "bitsearch.codecs"
 CODECS = {
     "int": "bitsearch.quantizers.integer:CODEC",
     "affine": "bitsearch.quantizers.affine:CODEC",
+    "bilevel": "bitsearch.quantizers.bilevel:CODEC",
     "fp16": "bitsearch.quantizers.halves:CODEC",
     **dict.fromkeys(levels.TABLES, "bitsearch.quantizers.levelled:CODEC"),
     "lut": "bitsearch.quantizers.codebook:CODEC",

@@ -24,6 +24,7 @@ from bitsearch.quantizers.second_moment import SecondMoment
 NAMES = [
     "int3-g16+fp16x4", "int3-g16-fz+fp16x4", "int4-row-sym+fp16x5%", "int4-g32-sym+int8x8",
     "lut2-row+fp16x3", "nf4-g16+int8x10%", "nvfp4+fp16x1%", "mxfp4+int8x2", "dialect4-b32+fp16x2",
+    "int3-g16-s3+fp16x2",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from bitsearch.quantizers.second_moment import SecondMoment
 
 NAMES = [
     "int4-g32", "int3-g16-sym", "int2-row", "int8-g32", "int3-g16-fz", "nf3-g16", "mxfp4", "nvfp4",
-    "fp8", "dialect4-b32",
+    "fp8", "dialect4-b32", "int3-g16-s3",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from bitsearch.quantizers.second_moment import SecondMoment
 NAMES = [
     "int3-g16+sparse1%", "int2-g32-fz+sparse3%", "int4-row-sym+sparse0.45%", "lut3-row+sparse2%",
     "nf4-g16+sparse5%", "nvfp4+sparse0.1%", "mxfp4+sparse1%", "dialect4-b32+sparse1%",
+    "int3-g16-s3+sparse1%",
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from bitsearch.units import ModelLayout
 
 FORMATS = ("nvfp4", "int3-g16", "nf4-g32", "bf16", "mxfp4", "gguf-q8_0", "int8-row-sym",
            "fp8", "dialect4-b32", "lut4-row", "int3-g16+fp16x2", "nf4-g32+int8x10%",
-           "lut3-row+sparse1%")  # fmt: skip
+           "lut3-row+sparse1%", "int3-g8-s3+sparse2%")  # fmt: skip
 
 
 def made_policy(folder: Path) -> Policy:
