@@ -1,0 +1,50 @@
+// A fused matrix as the kernels see it: segments of rows, each with its own width and groups.
+#pragma once
+
+#include "decode.cuh"
+
+constexpr int MAX_SEGMENTS = 8;
+
+// As `bitsearch.kernels.entries` writes it.
+struct Segment {
+    long long offset;  // of its first byte in the data
+    int block_bytes;   // of 16 rows
+    int bits;
+    int groups;      // scales of a row in a tile; 0: one for the whole row
+    int asymmetric;  // it has zero points
+    int row;         // its first row in the fused matrix
+    int rows;
+    int block;  // its first block of 16 rows
+    int spare;
+};
+
+// What a kernel is compiled for: the widths, groups and symmetries that its segments have.
+template <int BITS_, int GROUPS_, int ASYMMETRIC_>
+struct Kind {
+    static constexpr int BITS = BITS_, GROUPS = GROUPS_ ? GROUPS_ : 1;
+    static constexpr bool ASYMMETRIC = ASYMMETRIC_, ROWWISE = GROUPS_ == 0;
+    static constexpr int ZERO_BYTES = !ASYMMETRIC ? 0 : GROUPS == 4 ? 8 : 4;  // of rows g, g+8
+    static constexpr int META_BYTES = 32 * GROUPS + 8 * ZERO_BYTES;
+    static constexpr int TILE_BYTES = 256 * BITS + (ROWWISE ? 0 : META_BYTES);
+
+    DEVICE static bool is(const Segment& s) {
+        return s.bits == BITS_ && s.groups == GROUPS_ && bool(s.asymmetric) == ASYMMETRIC;
+    }
+    // Scales begin here, [g][group][rows g, g+8]; then the zero points.
+    DEVICE static const u8* meta(const u8* block, int tile, int tiles) {
+        return block + (ROWWISE ? tiles * (long long)TILE_BYTES
+                                : tile * (long long)TILE_BYTES + 256 * BITS);
+    }
+};
+
+// Scales and zero points of rows g and g+8 in one group.
+struct Group {
+    float scale[2], zero[2];
+
+    DEVICE Group(u32 scales, u32 zeros, int middle) {
+        scale[0] = to_float<Half>(scales & 0xFFFF);
+        scale[1] = to_float<Half>(scales >> 16);
+        zero[0] = float(int(zeros & 0xFF) - middle);
+        zero[1] = float(int(zeros >> 8 & 0xFF) - middle);
+    }
+};

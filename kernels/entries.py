@@ -1,0 +1,97 @@
+"""The entry points of the CUDA sources: C++ text, and the structures that it takes.
+
+Each structure is the one of the same name in `cuda/`, field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from bitsearch.kernels.fused import MAX_SEGMENTS, starts_of
+from bitsearch.kernels.partition import Tuning
+from bitsearch.kernels.planes import Shape
+
+TYPES = {torch.float16: "Half", torch.bfloat16: "BFloat"}
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+
+
+class Segment(ctypes.Structure):
+    """See segments.cuh."""
+
+    _fields_ = (
+        ("offset", ctypes.c_longlong),
+        *((name, _INT) for name in ("block_bytes", "bits", "groups", "asymmetric")),
+        *((name, _INT) for name in ("row", "rows", "block", "spare")),
+    )
+
+
+class StreamArgs(ctypes.Structure):
+    """See stream.cuh."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "data", "plan", "bias", "out", "partial", "arrived")),
+        *((name, _INT) for name in ("m", "columns", "x_stride", "out_stride")),
+        *((name, _INT) for name in ("tiles", "splits", "slot_bytes", "capacity")),
+        ("segments", Segment * MAX_SEGMENTS),
+    )
+
+
+class DequantizeArgs(ctypes.Structure):
+    """See dequantize.cuh."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("data", "out")),
+        *((name, _INT) for name in ("columns", "tiles", "blocks", "segment_count")),
+        ("segments", Segment * MAX_SEGMENTS),
+    )
+
+
+def segments(shapes: Sequence[Shape]) -> ctypes.Array[Segment]:
+    """What the kernels must know of each segment."""
+    table = (Segment * MAX_SEGMENTS)()
+    row = block = 0
+    for i, (shape, start) in enumerate(zip(shapes, starts_of(shapes), strict=True)):
+        groups = shape.groups if shape.group else 0
+        zeros = int(not shape.symmetric)
+        table[i] = Segment(
+            start, shape.block_bytes, shape.bits, groups, zeros, row, shape.rows, block, 0
+        )
+        row, block = row + shape.rows, block + shape.blocks
+    return table
+
+
+Kind = tuple[int, int, bool]
+
+
+def kinds(shapes: Iterable[Shape]) -> tuple[Kind, ...]:
+    """The widths, scales in a tile (0: one a row) and symmetries of segments."""
+    found = {(s.bits, s.groups if s.group else 0, not s.symmetric) for s in shapes}
+    return tuple(sorted(found))
+
+
+def stream(dtype: torch.dtype, m: int, kinds: Sequence[Kind], tuning: Tuning) -> str:
+    """The streaming kernel for up to 8 or 16 rows of x."""
+    parameters = f"{TYPES[dtype]}, {1 if m <= 8 else 2}, {tuning.warps}, {tuning.stages}"
+    bounds = f"{32 * tuning.warps}, {tuning.resident}"
+    return _entry("stream", f"Stream<{parameters}, {_list(kinds)}>", "StreamArgs", bounds)
+
+
+def dequantize(dtype: torch.dtype, kinds: Sequence[Kind]) -> str:
+    """The dequantizing kernel to a type of 16 bits."""
+    worker = f"Dequantize<{TYPES[dtype]}, {_list(kinds)}>"
+    return _entry("dequantize", worker, "DequantizeArgs", "256")
+
+
+def _list(kinds: Sequence[Kind]) -> str:
+    return ", ".join(f"Kind<{bits}, {groups}, {int(zero)}>" for bits, groups, zero in kinds)
+
+
+def _entry(header: str, worker: str, structure: str, bounds: str) -> str:
+    return (
+        f'#include "{header}.cuh"\n'
+        f'extern "C" __global__ void __launch_bounds__({bounds})\n'
+        f"entry(const __grid_constant__ {structure} args) {{ {worker}{{args}}.run(); }}\n"
+    )
