@@ -35,8 +35,8 @@ class Step:
 
     Attributes:
         kind: `scale`: each slice times its entry of T, (n,). `rotate`: with P cut into
-            blocks of n along the axis, P[…, j, …] ← Σ_i P[…, i, …] T[i, j], T (n, n).
-            `set`: P ← T.
+            blocks of n along the axis, P[…, j, …] ← Σ_i P[…, i, …] T[i, j], T (n, n), or
+            (blocks, n, n) with one for each. `set`: P ← T.
         axis: of the parameter.
         key: names T.
     """
@@ -73,8 +73,9 @@ class Preparation:
             if step.kind == "scale":
                 last = last.float() * tensor
             else:
-                last = last.float().unflatten(-1, (-1, len(tensor))) @ tensor
-                last = last.flatten(-2)
+                blocks = last.float().unflatten(-1, (-1, tensor.shape[-1]))
+                product = "...bi,ij->...bj" if tensor.dim() == 2 else "...bi,bij->...bj"
+                last = torch.einsum(product, blocks, tensor).flatten(-2)
             parameter = last.movedim(-1, step.axis).to(parameter.dtype)
         return parameter
 

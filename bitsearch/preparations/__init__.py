@@ -27,6 +27,7 @@ GROUP = "bitsearch.preparations"
 PREPARATIONS = {
     "awq": "bitsearch.preparations.awq:METHOD",
     "hadamard": "bitsearch.preparations.hadamard:METHOD",
+    "resq": "bitsearch.preparations.resq:METHOD",
 }
 _TOKENS = 32
 _TOLERANCE = 1e-3  # of the largest logit; float32 rounding is a hundredth of that

@@ -34,21 +34,24 @@ def head_size(scene: Scene) -> int | None:
     config = scene.decoder.config
     outputs = {m.in_features for m in _matrices(scene).values() if m.role == "attn.o"}
     heads = getattr(config, "num_attention_heads", 0)
-    if len(outputs) != 1 or not heads or not any(_pairs(scene)):
+    if len(outputs) != 1 or not heads or not any(pairs(scene)):
         return None
     size, rest = divmod(outputs.pop(), heads)
     return None if rest else size
 
 
 @torch.no_grad()
-def rotated(method: str, scene: Scene, residual: Tensor, values: Tensor | None) -> Preparation:
+def rotated(
+    method: str, scene: Scene, residual: Tensor, values: Tensor | Mapping[str, Tensor] | None
+) -> Preparation:
     """A preparation that rotates the residual stream, and value heads.
 
     Args:
         method: its name.
         scene: the model, its head untied.
         residual: (width, width) orthogonal R; a state h, as a row, becomes h R.
-        values: (head size, head size) orthogonal, the same for all heads; None for none.
+        values: (head size, head size) orthogonal, the same for all heads; or (value heads,
+            head size, head size) by the name of the output projection; None for none.
 
     Raises:
         BadInput: the model cannot be rotated exactly; the message names what is in the way.
@@ -80,13 +83,27 @@ def rotated(method: str, scene: Scene, residual: Tensor, values: Tensor | None) 
             if (bias := _bias(model, matrix)) is not None:
                 step(bias, "rotate", model.get_parameter(bias).dim() - 1, _RESIDUAL)
     if values is not None:
-        tensors[_VALUES] = values
-        for value, output in _pairs(scene):
-            step(value.name, "rotate", 1 if value.transposed else 0, _VALUES)
-            step(output.name, "rotate", 0 if output.transposed else 1, _VALUES)
-            if (bias := _bias(model, value)) is not None:
-                step(bias, "rotate", 0, _VALUES)
+        _rotate_values(scene, values, tensors, step)
     return Preparation(method, True, steps, tensors)
+
+
+def _rotate_values(
+    scene: Scene, values: Tensor | Mapping[str, Tensor], tensors: dict[str, Tensor], step: Any
+) -> None:
+    """Add the tensors, and the steps of value and output projections."""
+    if isinstance(values, Tensor):
+        tensors[_VALUES] = values
+    for value, output in pairs(scene):
+        inside = outside = _VALUES
+        if not isinstance(values, Tensor):
+            inside, outside = (f"{_VALUES}:{matrix.name}" for matrix in (value, output))
+            tensors[inside] = values[output.name]
+            times = output.in_features // value.out_features  # that each value head is read
+            tensors[outside] = values[output.name].repeat_interleave(times, 0)
+        step(value.name, "rotate", 1 if value.transposed else 0, inside)
+        step(output.name, "rotate", 0 if output.transposed else 1, outside)
+        if (bias := _bias(scene.decoder.model, value)) is not None:
+            step(bias, "rotate", 0, inside)
 
 
 def _check(name: str, model: Any, norms: list[Norm], matrices: Mapping[str, Matrix]) -> None:
@@ -113,7 +130,7 @@ def _matrices(scene: Scene) -> dict[str, Matrix]:
     return {m.name: m for unit in scene.layout.units for m in unit.matrices}
 
 
-def _pairs(scene: Scene) -> list[tuple[Matrix, Matrix]]:
+def pairs(scene: Scene) -> list[tuple[Matrix, Matrix]]:
     """Value and output projections of each attention."""
     parts: dict[str, dict[str, Matrix]] = {}
     for matrix in _matrices(scene).values():

@@ -79,7 +79,7 @@ def test_the_preparation_must_be_the_same(cli: Any, place: Any, tmp_path: Path) 
 
 def test_bad_requests(cli: Any, place: Any) -> None:
     line = cli(*place.search("6bpw", "--prepare", "magic")).complaint(2)
-    assert "unknown preparation 'magic'; known: awq, hadamard" in line
+    assert "unknown preparation 'magic'; known: awq, hadamard, resq" in line
     line = cli(*place.search("6bpw", "--prepare", "awq", "--dtype", "bfloat16")).complaint(2)
     assert "needs --dtype float32" in line
     assert not place.run.exists()

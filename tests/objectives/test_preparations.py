@@ -22,6 +22,7 @@ from bitsearch.models.weights import read_weight
 from bitsearch.objectives.statistics import input_second_moments
 from bitsearch.preparations import Method, Scene, prepare
 from bitsearch.preparations.hadamard import hadamard, randomized
+from bitsearch.preparations.resq import residual_moment
 from bitsearch.quantizers.rtn import quantize
 from bitsearch.run import atomic_write
 
@@ -66,11 +67,13 @@ def test_awq_keeps_the_function(family: str, case_of: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "granite", "qwen3_moe", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_rotation_keeps_the_function(family: str, tied: bool, case_of: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "tied"), [("hadamard", True), ("hadamard", False), ("resq", True)]
+)
+def test_rotation_keeps_the_function(family: str, name: str, tied: bool, case_of: Any) -> None:
     case = uneven(case_of(family, length=20, tie_word_embeddings=tied))
     before, weights = case.log_probabilities(), case.state()
-    made = prepare("hadamard", scene_of(case, untie=True))
+    made = prepare(name, scene_of(case, untie=True))
     torch.testing.assert_close(case.log_probabilities(), before, rtol=0, atol=5e-4)
     embedding = case.model.get_input_embeddings().weight
     assert not torch.equal(embedding, weights["model.embed_tokens.weight"]) and made.untied
@@ -84,14 +87,14 @@ def test_rotation_keeps_the_function(family: str, tied: bool, case_of: Any) -> N
     [
         ("gpt2", "hadamard", "ln_1 subtracts the mean"),
         ("gemma2", "hadamard", "post_attention_layernorm stands after a layer"),
-        ("gemma3_text", "hadamard", "post_attention_layernorm stands after a layer"),
+        ("gemma3_text", "resq", "post_attention_layernorm stands after a layer"),
         ("llama4_text", "hadamard", "experts.gate_up_proj reads, or writes to, is not known"),
         ("llama4_text", "awq", "would change what it computes"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(family: str, name: str, why: str, case_of: Any) -> None:
     with pytest.raises(BadInput, match=why):
-        prepare(name, scene_of(uneven(case_of(family)), untie=name == "hadamard"))
+        prepare(name, scene_of(uneven(case_of(family)), untie=name != "awq"))
 
 
 def test_a_width_without_a_hadamard_matrix_is_refused(case_of: Any) -> None:
@@ -237,6 +240,52 @@ def test_rotation_spreads_an_outlying_column() -> None:
     assert other is not None and not torch.equal(rotation, other)
 
 
+def energies(case: Any, role: str) -> list[Tensor]:
+    """Mean square of each input column of the matrices of a role, block by block."""
+    units = [u for u in case.units if any(m.role == role for m in u.matrices)]
+    moments = input_second_moments(case.decoder, units, case.tokens)
+    return [moments[unit.name].diagonal() for unit in units]
+
+
+def test_principal_directions_hold_the_most_energy_that_any_can(case_of: Any) -> None:
+    """The last eighth of all normalized states has the sum of the largest eigenvalues."""
+    case = uneven(case_of("llama", length=40))
+    scene = scene_of(case, untie=True)
+    moment = residual_moment(scene)
+    before = float(moment.diagonal()[-4:].sum() / moment.trace())
+    largest = torch.linalg.eigvalsh(moment)[-4:].sum() / moment.trace()
+    prepare("resq", scene)
+    moment = residual_moment(scene)
+    after = float(moment.diagonal()[-4:].sum() / moment.trace())
+    assert after == pytest.approx(float(largest), rel=1e-4) and after > 2 * before
+    # the two parts do not hang together, and each is mixed
+    assert float(moment[:28, 28:].abs().max()) < 1e-3 * float(moment.diagonal().max())
+    assert float(moment[28:, 28:].diagonal().max() / moment[28:, 28:].diagonal().min()) < 2
+
+
+def test_value_heads_have_bases_of_their_own(case_of: Any) -> None:
+    """Two heads read each value head: an eighth of each head's columns leads, for each head."""
+    case = uneven(case_of("llama", length=40))
+    scene = scene_of(case, untie=True)
+    first = energies(case, "attn.o")[0].reshape(4, 8)
+    prepare("resq", scene)
+    now = energies(case, "attn.o")[0].reshape(4, 8)
+    torch.testing.assert_close(now.sum(1), first.sum(1), rtol=1e-4, atol=0)
+    pairs = now.reshape(2, 2, 8).sum(1)
+    assert bool((pairs[:, 7] >= first.reshape(2, 2, 8).sum(1).max(1).values).all())
+    assert bool((pairs[:, 7:] > pairs[:, :7]).all())
+
+
+def test_the_kept_columns_are_the_principal_ones(case_of: Any) -> None:
+    case = uneven(case_of("llama", length=40))
+    prepare("resq", scene_of(case, untie=True))
+    unit = case.unit("layers.1.self_attn.qkv_proj")
+    moment = input_second_moments(case.decoder, [unit], case.tokens)[unit.name]
+    weight = read_weight(case.model, unit.matrices[0])
+    found = quantize(weight, parse_format("int4-row+int8x12.5%"), moment.diagonal())
+    assert found.pack()["columns"].tolist() == [28, 29, 30, 31]
+
+
 def test_steps_by_hand() -> None:
     """Columns scaled, then rotated by blocks; rows rotated; another parameter set."""
     rotation = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
@@ -253,6 +302,10 @@ def test_steps_by_hand() -> None:
     assert made.changed("w", weight).tolist() == expected
     assert made.changed("b", torch.zeros(4)).tolist() == [1, 2, 3, 4]
     assert made.changed("other", weight) is weight
+    # one rotation for each block of two columns
+    both = torch.stack([rotation, torch.eye(2)])
+    apart = Preparation("by hand", False, {"w": [Step("rotate", 1, "r")]}, {"r": both})
+    assert apart.changed("w", weight).tolist() == [[-1.0, 1.0, 1.0, 1.0], [-1.0, 0.0, 0.0, 1.0]]
 
 
 def test_a_file_holds_the_preparation(case_of: Any, tmp_path: Path) -> None:
