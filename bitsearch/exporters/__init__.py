@@ -21,6 +21,7 @@ EXPORTERS = {
     "autoround": "bitsearch.exporters.autoround:EXPORTER",
     "torchao": "bitsearch.exporters.torchao:EXPORTER",
     "llama.cpp": "bitsearch.exporters.llama_cpp:EXPORTER",
+    "mlx": "bitsearch.exporters.mlx:EXPORTER",
 }
 
 

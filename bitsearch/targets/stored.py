@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitsearch.formats import Format
+from bitsearch.formats.integer import IntFormat
 
 _SHAPE_BYTES = 16  # `weight_shape`, two int64
 
@@ -75,6 +76,13 @@ def gguf(rows: int, columns: int, format: Format) -> int:
     return format.bytes(rows, columns)
 
 
+def mlx(rows: int, columns: int, format: Format) -> int:
+    """MLX: codes in 32-bit words, which 32 weights fill; a 16-bit scale and bias a group."""
+    if isinstance(format, IntFormat):
+        return format.bytes(rows, columns) + 2 * rows * format.groups(columns)
+    return format.bytes(rows, columns)
+
+
 def _words(count: int, bits: int) -> int:
     """32-bit words that hold `count` codes."""
     return -(-count * bits // 32)
@@ -87,4 +95,5 @@ STORED = {
     "autoround": Stored(autoround),
     "torchao": Stored(torchao),
     "gguf": Stored(gguf, kept=4),
+    "mlx": Stored(mlx),
 }
