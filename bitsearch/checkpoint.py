@@ -1,4 +1,4 @@
-"""`bitsearch quantize`: a checkpoint of a model under a policy.
+"""`bitsearch quantize`: a checkpoint of a model under a policy, one matrix after another.
 
 Two kinds. A *fake-quantized* one is an ordinary folder of 16-bit safetensors that
 transformers opens anywhere: each weight is the value that its format stands for, rounded
@@ -7,27 +7,36 @@ to bfloat16 (float16 if the model itself is). That rounding moves a weight by at
 SmolLM2-135M in int4-g64 went from 0.5741 to 0.5748 by it (1024 tokens); `float32` has the
 exact values. A *packed* one holds exactly the bytes that the policy counts
 (`bitsearch.models.packed`).
+
+Memory is that of a few copies of the largest matrix, where the model's files hold its
+parameters one by one; models that transformers puts together from other tensors, such as
+experts that are stored apart, and GGUF files are loaded as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitsearch.appearing import appearing, saving
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import Format
-from bitsearch.models.load import LoadedModel, open_layout, quiet
+from bitsearch.models.load import open_layout, quiet
 from bitsearch.models.packed import POLICY, entries, metadata, persistent_buffers
 from bitsearch.models.source import PACKED, with_weights
 from bitsearch.models.weights import write_weight
+from bitsearch.models.writing import DeclaredFile, GatheredFile
 from bitsearch.policy import load_policy
 from bitsearch.restore import (
+    Opened,
     assignment,
     candidate_weights,
     check_model,
-    load_prepared,
+    open_prepared,
     preparation_of,
 )
 from bitsearch.session import pick_device
@@ -40,7 +49,6 @@ if TYPE_CHECKING:
     from bitsearch.objectives.weights import CandidateWeights
 
 Progress = Callable[[str, int, int], None]
-Decisions = list[tuple[Matrix, Format]]
 
 _WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -83,26 +91,31 @@ def quantize_model(
     dtype = _dtype(dtype, layout, packed)
     source = with_weights(source)
     check_model(policy, policy_path, source)
-    decisions = [(u.matrices[0], format) for u, format in assignment(policy, layout)]
-    size = policy.achieved.bytes if packed else _WIDTHS[dtype] * layout.parameters
+    decisions = {u.matrices[0]: format for u, format in assignment(policy, layout)}
+    # the tensors of a packed one gather in a file of their own
+    size = 2 * policy.achieved.bytes if packed else _WIDTHS[dtype] * layout.parameters
     with appearing(out, size, force, (POLICY, "config.json")) as folder:
-        loaded = load_prepared(source, preparation, dtype="float32", device=pick_device(device))
-        weights = candidate_weights(loaded.model, policy, policy_path, statistics, cache_bytes=0)
+        opened = open_prepared(source, preparation, device=pick_device(device))
+        weights = candidate_weights(
+            opened.model,
+            policy,
+            policy_path,
+            statistics,
+            cache_bytes=0,
+            stored=opened.weights,
+            device=pick_device(device),
+        )
         content = policy_path.read_bytes()
-        # Quantizing reads no weight but the matrix's own, so each may be replaced in turn.
-        if packed:
-            tensors = _packed(loaded, weights, decisions, dtype, progress)
-        else:
-            _replace(loaded, weights, decisions, dtype, progress)
-        progress("writing", 0, 1)
+        work = _Work(opened, layout, weights, decisions, dtype, folder, progress)
         with saving(out), quiet():
             if packed:
-                _save_packed(loaded, tensors, metadata(content), dtype, folder)
+                _write_packed(work, metadata(content))
+            elif opened.whole:
+                _replace_and_save(work)
             else:
-                loaded.model.save_pretrained(folder)
-            loaded.tokenizer.save_pretrained(folder)
+                _write_values(work)
+            opened.tokenizer.save_pretrained(folder)
             (folder / POLICY).write_bytes(content)
-        progress("writing", 1, 1)
         files = sorted(folder.glob("*.safetensors"))
         found = {
             "model": model,
@@ -130,61 +143,116 @@ def _dtype(asked: str | None, layout: ModelLayout, packed: bool) -> str:
     return asked
 
 
-def _packed(
-    loaded: LoadedModel,
-    weights: CandidateWeights,
-    decisions: Decisions,
-    dtype: str,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """Every stored tensor by name."""
-    found: dict[str, Tensor] = {}
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is written, and where to."""
+
+    opened: Opened
+    layout: ModelLayout
+    weights: CandidateWeights
+    decisions: Mapping[Matrix, Format]
+    dtype: str
+    folder: Path
+    progress: Progress
+
+    def matrices(self) -> Iterator[tuple[Matrix, Format]]:
+        """Every matrix with its format, in forward order; tells how many are done."""
+        for done, decision in enumerate(self.decisions.items()):
+            self.progress("quantizing", done, len(self.decisions))
+            yield decision
+        self.progress("quantizing", len(self.decisions), len(self.decisions))
+
+    def kept(self, name: str) -> Tensor:
+        """What no policy decides, in the dtype of the checkpoint."""
+        return _rounded(name, self.opened.weights.get_parameter(name), self.dtype)
+
+    def describe(self) -> None:
+        """Write the configuration."""
+        model: Any = self.opened.model
+        model.config.dtype = self.dtype
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(self.folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(self.folder)
+
+
+def _write_packed(work: _Work, header: Mapping[str, str]) -> None:
+    """Every tensor in the bytes that the policy counts."""
     types = {"bf16": "bfloat16", "fp16": "float16"}
-    for done, (matrix, format) in enumerate(decisions):
-        progress("quantizing", done, len(decisions))
-        if format.exact:
-            parameter = loaded.model.get_parameter(matrix.name)
-            found[matrix.name] = _rounded(matrix.name, parameter, types[format.kind])
-        else:
-            found |= entries(matrix.name, weights.quantized(matrix, format))
-    for name in loaded.layout.kept:
-        found[name] = _rounded(name, loaded.model.get_parameter(name), dtype)
-    buffers = persistent_buffers(loaded.model)
-    found |= {name: buffer.contiguous().cpu() for name, buffer in buffers.items()}
-    progress("quantizing", len(decisions), len(decisions))
-    return found
+    with GatheredFile(work.folder / PACKED, header) as file:
+        for matrix, format in work.matrices():
+            if format.exact:
+                values = work.opened.weights.get_parameter(matrix.name)
+                file.put(matrix.name, _rounded(matrix.name, values, types[format.kind]))
+                continue
+            for name, tensor in entries(
+                matrix.name, work.weights.quantized(matrix, format)
+            ).items():
+                file.put(name, tensor)
+        for name in work.layout.kept:
+            file.put(name, work.kept(name))
+        for name, buffer in persistent_buffers(work.opened.model).items():
+            file.put(name, buffer)
+    work.describe()
 
 
-def _save_packed(
-    loaded: LoadedModel, tensors: dict[str, Tensor], header: dict[str, str], dtype: str, to: Path
-) -> None:
-    """A packed checkpoint without its tokenizer and policy."""
-    from safetensors.torch import save_file
+def _write_values(work: _Work) -> None:
+    """Every weight's value in the shards that transformers would write."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
 
-    model: Any = loaded.model
-    model.config.dtype = dtype
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(to)
-    if model.can_generate():
-        model.generation_config.save_pretrained(to)
-    save_file(tensors, to / PACKED, metadata=header)
+    dtype = getattr(torch, work.dtype)
+    shapes = {
+        name: torch.empty(parameter.shape, dtype=dtype, device="meta")
+        for name, parameter in work.opened.model.named_parameters()
+    }
+    split = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size="50GB"
+    )
+    with ExitStack() as stack:
+        files = {
+            file: stack.enter_context(
+                DeclaredFile(
+                    work.folder / file,
+                    ((name, dtype, tuple(shapes[name].shape)) for name in names),
+                    {"format": "pt"},
+                )
+            )
+            for file, names in split.filename_to_tensors.items()
+        }
+        for matrix, format in work.matrices():
+            target = _Target(torch.empty(shapes[matrix.name].shape))
+            write_weight(target, matrix, work.weights.candidate(matrix, format))
+            value = _rounded(matrix.name, target.parameter, work.dtype)
+            files[split.tensor_to_filename[matrix.name]].put(matrix.name, value)
+        for name in work.layout.kept:
+            files[split.tensor_to_filename[name]].put(name, work.kept(name))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (work.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    work.describe()
 
 
-def _replace(
-    loaded: LoadedModel,
-    weights: CandidateWeights,
-    decisions: Decisions,
-    dtype: str,
-    progress: Progress,
-) -> None:
-    """Put every weight's dequantized value in place, then round all parameters."""
-    for done, (matrix, format) in enumerate(decisions):
-        progress("quantizing", done, len(decisions))
-        write_weight(loaded.model, matrix, weights.candidate(matrix, format))
-    progress("quantizing", len(decisions), len(decisions))
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One parameter that a matrix is written to."""
+
+    parameter: Tensor
+
+    def get_parameter(self, target: str) -> Tensor:
+        return self.parameter
+
+
+def _replace_and_save(work: _Work) -> None:
+    """Put every weight's value in place, round all parameters, and let transformers write."""
+    # Quantizing reads no weight but the matrix's own, so each may be replaced in turn.
+    for matrix, format in work.matrices():
+        write_weight(work.opened.model, matrix, work.weights.candidate(matrix, format))
     # Not `model.to`: buffers keep their dtype, as they do in the original checkpoint.
-    for name, parameter in loaded.model.named_parameters():
-        parameter.data = _rounded(name, parameter, dtype)
+    for name, parameter in work.opened.model.named_parameters():
+        parameter.data = _rounded(name, parameter, work.dtype)
+    work.opened.model.save_pretrained(work.folder)
 
 
 def _rounded(name: str, values: torch.Tensor, dtype: str) -> Tensor:

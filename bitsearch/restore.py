@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,10 @@ from bitsearch.errors import BadInput
 from bitsearch.external import open_external
 from bitsearch.formats import Format, parse_format
 from bitsearch.models.fingerprint import fingerprint
-from bitsearch.models.load import LoadedModel, load_model
+from bitsearch.models.layout import find_layout
+from bitsearch.models.load import LoadedModel, load_model, open_skeleton
 from bitsearch.models.source import Source, with_weights
+from bitsearch.models.stored import open_stored
 from bitsearch.models.weights import Parameters
 from bitsearch.policy import Policy, PolicyFile
 from bitsearch.quantizers import load_quantizer, needs_second_moments
@@ -19,8 +23,12 @@ from bitsearch.settings import ExternalFiles
 from bitsearch.units import ModelLayout, Unit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from bitsearch.models.preparation import Preparation
     from bitsearch.objectives.weights import CandidateWeights
+
+log = logging.getLogger(__name__)
 
 
 def check_model(policy: Policy, path: Path, source: Source) -> None:
@@ -124,6 +132,43 @@ def load_prepared(
     if preparation is not None:
         preparation.apply(loaded.model)
     return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A prepared model whose weights are read when they are wanted.
+
+    Attributes:
+        model: the model; without weights if they are read from its files one by one.
+        tokenizer: its tokenizer.
+        weights: where they are read, in float32.
+        whole: the weights are all in memory.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights: Parameters
+    whole: bool
+
+
+def open_prepared(source: Source, preparation: Preparation | None, *, device: Any) -> Opened:
+    """A prepared model that takes the memory of a parameter, where its files allow that."""
+    from bitsearch.models.preparation import Prepared
+
+    untie = preparation is not None and preparation.untied
+    if source.gguf is None and not source.packed:
+        model, tokenizer = open_skeleton(source, untie=untie)
+        copies: dict[str, str] = {}
+        if untie:
+            tied = find_layout(open_skeleton(source)[0], reference="").tied
+            copies = {other: first for first, *others in tied for other in others}
+        stored = open_stored(source, model, device, copies)
+        if stored is not None:
+            prepared = Prepared(stored, preparation) if preparation else stored
+            return Opened(model, tokenizer, prepared, False)
+    log.info("%s cannot be read one tensor after another: loading it as a whole", source.where)
+    loaded = load_prepared(source, preparation, dtype="float32", device=device)
+    return Opened(loaded.model, loaded.tokenizer, loaded.model, True)
 
 
 def _beside(path: Path, wanted: PolicyFile, given: Path | None, what: str) -> Path:

@@ -120,6 +120,33 @@ def load_model(
     return LoadedModel(model, tokenizer, layout, source.where)
 
 
+def open_skeleton(
+    source: Source, *, untie: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model without weights, ready to describe a checkpoint, and its tokenizer.
+
+    Args:
+        source: its files, on this machine.
+        untie: as in `open_layout`.
+
+    Raises:
+        BadInput: configuration or tokenizer are missing, broken or of another model.
+    """
+    from transformers import GenerationConfig
+
+    config = read_config(source)
+    if untie:
+        _untie_config(config)
+    model = skeleton(config)
+    require_tokenizer(source)
+    if (source.path / "generation_config.json").is_file():
+        opened: Any = model
+        opened.generation_config = GenerationConfig.from_pretrained(source.path)
+    tokenizer = _tokenizer(source)
+    _check_vocabulary(source, model, tokenizer)
+    return model, tokenizer
+
+
 def untie_head(model: PreTrainedModel) -> None:
     """Give a model's head a copy of the embedding, if they are one parameter."""
     from torch import nn

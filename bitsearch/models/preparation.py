@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitsearch.errors import BadInput
 from bitsearch.models.reason import reason
+from bitsearch.models.weights import Parameters
 from bitsearch.models.writing import file_parts
 
 SCHEMA = "bitsearch.preparation/1"
@@ -105,6 +106,23 @@ class Preparation:
             "steps": json.dumps(steps),
         }
         return file_parts({key: tensor.float() for key, tensor in self.tensors.items()}, metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The parameters of a model as a preparation makes them, each when it is asked for.
+
+    Attributes:
+        stored: the parameters of the model as it is.
+        preparation: what is done to them.
+    """
+
+    stored: Parameters
+    preparation: Preparation
+
+    def get_parameter(self, target: str) -> Tensor:
+        """The parameter of a name, changed."""
+        return self.preparation.changed(target, self.stored.get_parameter(target))
 
 
 def load_preparation(path: Path) -> Preparation:

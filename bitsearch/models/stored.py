@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bitsearch.errors import BadInput
@@ -63,7 +64,10 @@ class StoredParameters:
 
 
 def open_stored(
-    source: Source, model: PreTrainedModel, device: torch.device | str
+    source: Source,
+    model: PreTrainedModel,
+    device: torch.device | str,
+    copies: Mapping[str, str] = MappingProxyType({}),
 ) -> StoredParameters | None:
     """The parameters of a checkpoint, if they can be read one by one.
 
@@ -71,6 +75,7 @@ def open_stored(
         source: the files, on this machine.
         model: its skeleton, without weights.
         device: where the parameters are wanted.
+        copies: parameters that are not stored, and the ones that they begin as.
 
     Returns:
         None if the files do not hold exactly the parameters of the skeleton: the model
@@ -93,7 +98,8 @@ def open_stored(
     prefix = f"{model.base_model_prefix}."
     places: dict[str, tuple[Path, str]] = {}
     for name, parameter in wanted.items():
-        key = name if name in stored else name.removeprefix(prefix)
+        key = copies.get(name, name)
+        key = key if key in stored else key.removeprefix(prefix)
         file, shape, dtype = stored.get(key, (Path(), [], ""))
         if shape != list(parameter.shape) or dtype not in _FLOATS:
             return None

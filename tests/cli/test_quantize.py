@@ -221,7 +221,7 @@ def test_stopped_halfway(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in (checkpoint, "_save_packed"), (appearing, "sync"), (appearing.os, "replace"):
+    for place in (checkpoint, "_write_packed"), (appearing, "sync"), (appearing.os, "replace"):
         with monkeypatch.context() as patched:
             patched.setattr(*place, interrupt)
             cli(*told, "--force").complaint(130)
@@ -243,7 +243,8 @@ def test_too_little_room_is_told_before_the_work(
     cli: Any, searched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = searched.run / "policy.json"
-    needed = json.loads(policy.read_text())["achieved"]["bytes"]
+    # the file, and the one in which its tensors gather
+    needed = 2 * json.loads(policy.read_text())["achieved"]["bytes"]
     monkeypatch.setattr(
         appearing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, needed - 1)
     )
@@ -325,6 +326,4 @@ def test_progress_reaches_its_end(searched: Any, tmp_path: Path) -> None:
         progress=lambda *step: steps.append(step),
     )  # fmt: skip
     modules = len(json.loads((searched.run / "policy.json").read_text())["modules"])
-    quantizing = [step for step in steps if step[0] == "quantizing"]
-    assert quantizing == [("quantizing", done, modules) for done in range(modules + 1)]
-    assert steps[-1] == ("writing", 1, 1)
+    assert steps == [("quantizing", done, modules) for done in range(modules + 1)]

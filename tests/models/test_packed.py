@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from itertools import cycle
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bitsearch import restore
 from bitsearch.checkpoint import quantize_model
 from bitsearch.errors import BadInput
 from bitsearch.formats import parse_format
@@ -40,6 +42,7 @@ from bitsearch.units import ModelLayout
 FORMATS = ("nvfp4", "int3-g16", "nf4-g32", "bf16", "mxfp4", "gguf-q8_0", "int8-row-sym",
            "fp8", "dialect4-b32", "lut4-row", "int3-g16+fp16x2", "nf4-g32+int8x10%",
            "lut3-row+sparse1%", "int3-g8-s3+sparse2%")  # fmt: skip
+APART = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "qwen2_moe", "jamba")
 
 
 def made_policy(folder: Path) -> Policy:
@@ -144,6 +147,33 @@ def case_of(
         return Case(instantiate(configured(family, **changes)), tokenizer_of(), tmp_path)
 
     return make
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_read_one_by_one_or_loaded_as_a_whole(
+    family: str, packed: bool, case_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is the same, byte for byte, whether a model is in memory or not."""
+    case = case_of(family)
+    whole: list[str] = []
+    open_stored = restore.open_stored
+
+    def counted(*arguments: Any) -> Any:
+        found = open_stored(*arguments)
+        whole.extend([family] * (found is None))
+        return found
+
+    monkeypatch.setattr(restore, "open_stored", counted)
+    streamed = content(case.quantized(packed=packed))
+    # experts that are stored one by one are put together by transformers
+    assert bool(whole) == (family in APART)
+    monkeypatch.setattr(restore, "open_stored", lambda *_: None)
+    shutil.rmtree(case.folder.parent / "out")
+    assert content(case.quantized(packed=packed)) == streamed
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_packed_is_exact_in_bytes_and_in_values(case_of: Any, family: str) -> None:
