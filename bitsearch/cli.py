@@ -22,11 +22,13 @@ from bitsearch.options import (
     Device,
     Distinct,
     Dtype,
+    Estimated,
     EvaluationText,
     External,
     Freeze,
     Fuse,
     Json,
+    Latency,
     Length,
     MaybeBudgets,
     Model,
@@ -44,6 +46,7 @@ from bitsearch.options import (
     external_paths,
     frozen_formats,
     least_bits,
+    offered,
     own_texts,
 )
 from bitsearch.profile_command import profile
@@ -177,6 +180,8 @@ def search(
     at_least: AtLeast = None,
     tie: Tie = None,
     distinct: Distinct = None,
+    latency: Latency = None,
+    estimated: Estimated = False,
     fuse: Fuse = None,
     target: Target = None,
     text: Text = None,
@@ -206,7 +211,8 @@ def search(
             texts=text, own_texts=own_texts(calibration_text, selection_text, evaluation_text),
             dtype=dtype, seed=seed, revision=revision, target=target, prepare=prepare,
             external=external_paths(external),
-            **{name: used[name] for name in _RECIPE_SETTINGS},
+            **{name: used[name] for name in _RECIPE_SETTINGS}
+            | {"candidates": offered(used["candidates"], used["budget"], model, target, latency)},
         ) as session,
         Stages() as stages,
     ):  # fmt: skip
@@ -219,12 +225,14 @@ def search(
         request = Request(
             tuple(used["budget"] or ()),
             used["damage"] or "fisher_output",
-            used["solver"] or "pareto_dp",
+            used["solver"] or ("milp" if len(used["budget"] or ()) > 1 else "pareto_dp"),
             diagnostics,
             rules,
             resolved,
             tokens,
             storage,
+            latency,
+            estimated,
         )
         found = run_search(session, request, stages)
         stages.__exit__()

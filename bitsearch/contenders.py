@@ -7,6 +7,7 @@ first), and controls of the same bytes that know nothing of sensitivity.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -62,7 +63,7 @@ def searched(
         except InfeasibleBudget:
             break
         found.append(Contender(f"at-least-{floor}-bits", solution.choice, False))
-    return _distinct(found)
+    return distinct(found)
 
 
 def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
@@ -103,7 +104,27 @@ def byte_matched(problem: Problem, space: Space, seed: int) -> list[Contender]:
     rng = np.random.default_rng([seed, 1])
     found.append(Contender("random", controls.random_feasible(problem, rng), True))
     found.append(Contender("reversed", controls.reversed_ranking(problem), True))
-    return _distinct(found)
+    return distinct(found)
+
+
+def uniforms(problem: Problem, space: Space) -> list[Contender]:
+    """Every candidate everywhere, whatever it costs; where it is not allowed, the next larger
+    one in bytes, or else the largest.
+
+    Ties are kept where the tied units allow the same candidates.
+    """
+    allowed = np.isfinite(problem.damage)
+    rows = np.arange(len(allowed))
+    found = []
+    for column, format in enumerate(space.candidates):
+        if not allowed[:, column].any():
+            continue
+        larger = np.where(allowed & (space.bytes >= space.bytes[:, [column]]), space.bytes, 2**62)
+        largest = np.where(allowed, space.bytes, -1).argmax(axis=1)
+        nearest = np.where(larger.min(axis=1) < 2**62, larger.argmin(axis=1), largest)
+        choice = np.where(allowed[rows, column], column, nearest).astype(np.int64)
+        found.append(Contender(f"uniform-{format.name}", choice, True))
+    return distinct(found)
 
 
 def _widest(problem: Problem, columns: list[int]) -> tuple[int, int] | None:
@@ -161,7 +182,7 @@ def _depth(space: Space) -> NDArray[np.int64]:
     return np.array([u.block if u.block is not None else outside[u.kind] for u in space.units])
 
 
-def _distinct(contenders: list[Contender]) -> list[Contender]:
+def distinct(contenders: Sequence[Contender]) -> list[Contender]:
     """The first of each choice."""
     seen: dict[bytes, Contender] = {}
     for contender in contenders:

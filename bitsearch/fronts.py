@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from bitsearch.budget import Budget
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.evaluate import interval
 from bitsearch.judge import Judge
+from bitsearch.kernels.regime import Regime
+from bitsearch.objectives.cost.latency import Latency
 from bitsearch.run import Run, atomic_write, read_json
 from bitsearch.session import Session
 from bitsearch.solvers.front import hypervolume, knee, non_dominated
@@ -34,29 +37,59 @@ MEASURED = ("kl", "kl_low", "kl_high", "measured_front", "measured_knee", "same_
 _FILES = ("front.csv", "front.json")
 
 
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One cost of a front.
+
+    Attributes:
+        name: in the files.
+        table: (units, candidates) of what choices change.
+        kept: what no choice changes.
+        unit: what one of the files' numbers stands for, in those of the table.
+        parameters: whose bits a weight are told as well, or 0.
+    """
+
+    name: str
+    table: NDArray[np.int64]
+    kept: int
+    unit: int = 1
+    parameters: int = 0
+
+    def entry(self, cost: float) -> float | int:
+        """A cost as the files hold it."""
+        total = int(cost) + self.kept
+        return total if self.unit == 1 else total / self.unit
+
+
 def save_front(
-    run: Run, space: Space, budgets: Sequence[Budget], problem: Problem, curve: Front | None
+    run: Run,
+    space: Space,
+    budgets: Sequence[Budget],
+    problem: Problem,
+    curve: Front | None,
+    times: Mapping[Regime, Latency],
 ) -> None:
     """`front.csv` and `front.json`: at most some hundred points, evenly spread.
 
     Of two objectives if all budgets count the same bytes, of three if they count
-    two kinds. Of more kinds, and where the policy may hold only few formats, no
-    front is known: one of an earlier search is removed.
+    two kinds, or one is a time: bytes and milliseconds then. Of more kinds, and where
+    the policy may hold only few formats, no front is known: one of an earlier search
+    is removed.
 
     Args:
         run: where the files go.
         space: of the policies.
-        budgets: of the search, as many as the problem has.
-        problem: its costs come in the order of the budgets.
-        curve: the front of the first budget's bytes, if it is known already.
+        budgets: of the search.
+        problem: of the search.
+        curve: the front of the first budget's cost, if it is known already.
+        times: of each regime that a budget names.
     """
-    kinds = {budget.linear_only: index for index, budget in reversed(list(enumerate(budgets)))}
-    if problem.distinct is not None or len(kinds) > 2:
+    columns = _columns(space, budgets, times)
+    if problem.distinct is not None or len(columns) > 2:
         for name in _FILES:
             (run.path / name).unlink(missing_ok=True)
         return
-    columns = [_cost_column(space, budgets[index]) for index in sorted(kinds.values())]
-    first, *others = (problem.costs[index] for index in sorted(kinds.values()))
+    first, *others = (column.table for column in columns)
     if others:
         choices, objectives = front_of_three(problem.damage, first, others[0], ties=problem.ties)
         spread = np.unique(np.linspace(0, len(choices) - 1, FRONT_POINTS).round().astype(int))
@@ -68,15 +101,15 @@ def save_front(
         choices = np.array([curve.choice(point) for point in points])
         objectives = np.column_stack([curve.bytes[points], curve.damage[points]])
         exact = curve.exact
-    corner = _worst(problem, sorted(kinds.values()))
+    corner = _worst(problem, [column.table for column in columns])
     bend = knee(objectives[:, [0, -1]])
     rows = []
     for index, (choice, point) in enumerate(zip(choices, objectives, strict=True)):
         row: dict[str, Any] = {}
-        for (name, kept, parameters), cost in zip(columns, point[:-1], strict=True):
-            row[name] = int(cost) + kept
-            if name == columns[0][0]:
-                row["bpw"] = 8 * (int(cost) + kept) / parameters
+        for column, cost in zip(columns, point[:-1], strict=True):
+            row[column.name] = column.entry(cost)
+            if column is columns[0]:
+                row["bpw"] = 8 * column.entry(cost) / column.parameters
         row |= {"damage": float(point[-1]), "knee": index == bend}
         rows.append(row | {"choice": [int(c) for c in choice]})
     _write(
@@ -84,7 +117,7 @@ def save_front(
         {
             "scope": "linear" if budgets[0].linear_only else "all",
             "exact": exact,
-            "costs": [name for name, _, _ in columns],
+            "costs": [column.name for column in columns],
             "hypervolume": _share(objectives, corner),
             "points": rows,
         },
@@ -209,19 +242,27 @@ def read_front(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _cost_column(space: Space, budget: Budget) -> tuple[str, int, int]:
-    """Name of what a budget counts, its bytes that no choice changes, its parameters."""
-    if not budget.linear_only:
-        return "bytes", space.kept_bytes, space.layout.parameters
-    counted = (u.parameters for u, is_in in zip(space.units, space.linear, strict=True) if is_in)
-    return "linear_bytes", 0, sum(counted)
+def _columns(
+    space: Space, budgets: Sequence[Budget], times: Mapping[Regime, Latency]
+) -> list[Column]:
+    """What the budgets count, and all bytes beside any time."""
+    found: list[Column] = []
+    if times or not all(budget.linear_only for budget in budgets):
+        found.append(Column("bytes", space.bytes, space.kept_bytes, 1, space.layout.parameters))
+    if any(budget.linear_only for budget in budgets):
+        table = np.where(space.linear[:, None], space.bytes, 0)
+        counted = sum(u.parameters for u, i in zip(space.units, space.linear, strict=True) if i)
+        found.append(Column("linear_bytes", table, 0, 1, counted))
+    for time in times.values():
+        found.append(Column("ms", time.nanoseconds, time.rest, 1_000_000))
+    return found
 
 
-def _worst(problem: Problem, resources: Sequence[int]) -> NDArray[np.float64]:
+def _worst(problem: Problem, tables: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
     """The corner that every policy lies below: each objective's worst, unit by unit."""
     allowed = np.isfinite(problem.damage)
-    tables = [*(problem.costs[index] for index in resources), problem.damage]
-    return np.array([np.where(allowed, table, 0).max(axis=1).sum() for table in tables], float)
+    every = [*tables, problem.damage]
+    return np.array([np.where(allowed, table, 0).max(axis=1).sum() for table in every], float)
 
 
 def _share(objectives: NDArray[np.float64], corner: NDArray[np.float64]) -> float:

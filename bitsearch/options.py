@@ -21,7 +21,20 @@ Budgets = Annotated[
 ]
 MaybeBudgets = Annotated[
     list[str] | None,
-    typer.Option("--budget", "-b", help="As for `plan`; repeatable; a recipe may bring its own."),
+    typer.Option(
+        "--budget",
+        "-b",
+        help="As for `plan`, or a time as 12ms@batch=1; repeatable; a recipe may bring its own.",
+    ),
+]
+Latency = Annotated[
+    Path | None,
+    typer.Option(
+        "--latency", help="Table of `bitsearch profile`.  [default: one that the run makes]"
+    ),
+]
+Estimated = Annotated[
+    bool, typer.Option("--estimated", help="Take the table of another machine; nothing is timed.")
 ]
 Candidates = Annotated[
     str | None, typer.Option(help=f"Formats a unit may take.  [default: {DEFAULT_CANDIDATES}]")
@@ -129,3 +142,18 @@ def own_texts(*texts: str | None) -> dict[str, str] | None:
     purposes = ("calibration", "selection", "evaluation")
     given = {p: text for p, text in zip(purposes, texts, strict=True) if text is not None}
     return given or None
+
+
+def offered(
+    candidates: str | None,
+    budgets: list[str] | None,
+    model: str,
+    target: str | None,
+    latency: Path | None,
+) -> str | None:
+    """A new run's candidates: under a budget of time all with a kernel, unless some are named."""
+    if candidates or target or (Path(model) / "space.json").is_file():
+        return candidates
+    from bitsearch.timed import default_candidates
+
+    return default_candidates(budgets or (), latency)

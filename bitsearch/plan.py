@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitsearch.budget import check_feasible, parse_budget
+from bitsearch.errors import UsageError
 from bitsearch.formats import parse_formats
 from bitsearch.models.load import open_layout
 from bitsearch.settings import (
@@ -46,6 +47,12 @@ def make_plan(
     formats = parse_formats(candidates or profile.candidates or DEFAULT_CANDIDATES)
     space = make_space(layout, formats, frozen, profile)
     parsed = [parse_budget(text, space) for text in budgets]
+    for budget in parsed:
+        if budget.regime is not None:
+            raise UsageError(
+                f"budget {budget.text} is a time, which depends on the machine: plan tells bytes; "
+                "see `bitsearch profile`, and search with this budget"
+            )
     check_feasible(parsed, space)
     low, high = space.byte_range()
     parameters = layout.parameters

@@ -83,6 +83,25 @@ class PolicyTarget(_Strict):
     bpw: float
 
 
+class PolicyLatency(_Strict):
+    """Milliseconds of a step in one regime, on one machine.
+
+    `predicted_ms` is from the latency table of that hash; `measured_ms` is the whole
+    step on the device's clock, `wall_ms` on the wall's, none where it was not measured.
+    """
+
+    regime: str
+    device: str
+    machine: dict[str, str]
+    kernels: str
+    threads: int | None
+    clock: str
+    profile: str = Field(pattern=r"^[0-9a-f]{64}$")
+    predicted_ms: float = Field(ge=0)
+    measured_ms: float | None = Field(default=None, ge=0)
+    wall_ms: float | None = Field(default=None, ge=0)
+
+
 class PolicyFile(_Strict):
     """A file beside the policy."""
 
@@ -149,6 +168,7 @@ class Policy(_Strict):
     budgets: list[str]
     achieved: Achieved
     target: PolicyTarget | None = None
+    latency: list[PolicyLatency] | None = None
     damage: PolicyDamage
     provenance: dict[str, Any]
 

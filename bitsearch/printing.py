@@ -23,9 +23,11 @@ def print_result(found: dict[str, Any]) -> None:
         changed = f"; changed: {', '.join(recipe['overridden'])}" if recipe["overridden"] else ""
         out.print(f"recipe {escape(recipe['name'])}: {escape(recipe['title'])}{changed}")
     # Narrow enough for 80 columns.
+    regime = found["latency"][0]["regime"] if found.get("latency") else None
     table = Table(
         Column("held-out text", overflow="fold"),
         Column("bpw", justify="right", no_wrap=True),
+        *([Column("ms", justify="right", no_wrap=True)] if regime else []),
         Column("KL", justify="right", no_wrap=True),
         Column("perplexity", justify="right", no_wrap=True),
         Column("shipped − it, paired 95 %", no_wrap=True),
@@ -35,6 +37,7 @@ def print_result(found: dict[str, Any]) -> None:
     table.add_row(
         f"[bold]{found['shipped']} (shipped)[/]",
         f"{found['bpw']:.3f}",
+        *_milliseconds(found, regime),
         f"[bold]{found['kl']:.4f}[/]",
         f"{found['perplexity']:.2f}",
         "",
@@ -43,12 +46,16 @@ def print_result(found: dict[str, Any]) -> None:
         table.add_row(
             control["name"],
             f"{control['bpw']:.3f}",
+            *([f"{control['ms'][regime]:.3f}"] if regime else []),
             f"{control['kl']:.4f}",
             f"{control['perplexity']:.2f}",
             _interval(control["difference_ci"]),
         )
-    table.add_row("unquantized", "16", "0", f"{found['reference_perplexity']:.2f}", "")
+    unquantized = ("16", *([""] if regime else []), "0")
+    table.add_row("unquantized", *unquantized, f"{found['reference_perplexity']:.2f}", "")
     out.print(table)
+    for entry in found.get("latency", []):
+        out.print(_step(entry))
     out.print(f"KL of the shipped policy: 95 % interval {_interval(found['kl_ci'])}")
     out.print(f"top-1 agreement with the unquantized model: {100 * found['top1']:.1f} %")
     for name, text in found.get("texts", {}).items():
@@ -62,6 +69,29 @@ def print_result(found: dict[str, Any]) -> None:
         f"peak memory {found['peak_rss_bytes'] / 1e9:.1f} GB"
     )
     out.print(f"policy: {escape(found['policy'])}")
+
+
+def _milliseconds(found: dict[str, Any], regime: str | None) -> list[str]:
+    """The shipped policy's time, measured if it could be."""
+    if regime is None:
+        return []
+    entry = found["latency"][0]
+    return [f"{entry['measured_ms'] or entry['predicted_ms']:.3f}"]
+
+
+def _step(entry: dict[str, Any]) -> str:
+    """A regime's prediction beside what was measured."""
+    where = f"a step of {entry['regime']} on {entry['device']}, {entry['machine']['name']}"
+    if entry["threads"]:
+        where += f", {entry['threads']} thread{'s' if entry['threads'] > 1 else ''}"
+    if entry["measured_ms"] is None:
+        return f"{escape(where)}: estimated {entry['predicted_ms']:.3f} ms, not measured"
+    off = entry["predicted_ms"] / entry["measured_ms"] - 1
+    return (
+        f"{escape(where)}: predicted {entry['predicted_ms']:.3f} ms ({100 * off:+.1f} %), measured "
+        f"[bold]{entry['measured_ms']:.3f} ms[/] from end to end ({entry['clock']} clock; "
+        f"{entry['wall_ms']:.3f} ms on the wall's)"
+    )
 
 
 def _print_diagnostics(found: dict[str, Any]) -> None:

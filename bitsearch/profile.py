@@ -32,7 +32,7 @@ from bitsearch.kernels.profile_file import (
 from bitsearch.kernels.profiler import time_launches
 from bitsearch.kernels.regime import Regime, launch_of
 from bitsearch.models.load import open_layout
-from bitsearch.objectives.cost.assemble import assemble
+from bitsearch.objectives.cost.assemble import assemble, check_context, longest_context
 from bitsearch.objectives.cost.latency import latency, regime_of
 from bitsearch.objectives.cost.rest import rest_cell, runnable
 from bitsearch.run import atomic_write
@@ -47,6 +47,7 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Choice = list[tuple[Unit, Format]]
 
 RANDOM_CONFIGURATIONS = 24
+CONTEXTS = (256, 1024)
 _SAMPLES, _WARM = 9, 2
 
 
@@ -89,6 +90,7 @@ def make_profile(
     opened = open_device(device, threads)
     formats = parse_formats(candidates or ",".join(opened.formats()))
     for regime in regimes:
+        check_context(layout, config, regime)
         runnable(opened, layout, formats, regime)  # says what is missing before anything is timed
     busy = processor.load()
     # Weights that no cache holds; but those of a small model stay in it, as they would in use.
@@ -137,6 +139,12 @@ def make_profile(
     )
     atomic_write(out, profile_text(header, cells).encode())
     return describe(Profile(header=header, cells=cells), out)
+
+
+def default_contexts(model: str, revision: str | None) -> list[int]:
+    """Two contexts, for a line between them, as far as the model takes so many tokens."""
+    limit = longest_context(open_layout(model, revision=revision)[1])
+    return [c for c in CONTEXTS if limit is None or c <= limit] or [limit or CONTEXTS[0]]
 
 
 def check_profile(

@@ -29,7 +29,9 @@ def profile(
     ] = None,
     device: Annotated[str, typer.Option(help="See `bitsearch list devices`, or auto.")] = "auto",
     batch: Annotated[str, typer.Option(help="Sequences that decode together.")] = "1,16",
-    context: Annotated[str, typer.Option(help="Tokens in the cache.")] = "256,1024",
+    context: Annotated[
+        str | None, typer.Option(help="Tokens in the cache.  [default: 256,1024]")
+    ] = None,
     prefill: Annotated[str, typer.Option(help="Lengths of prompts; none by default.")] = "",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Processor threads.  [default: cores]")
@@ -47,24 +49,29 @@ def profile(
     with reporting(), Stages() as stages:
         import psutil
 
-        from bitsearch.kernels.regime import CONTEXT, Regime
-        from bitsearch.profile import check_profile, make_profile
+        from bitsearch.kernels.regime import Regime
+        from bitsearch.profile import check_profile, default_contexts, make_profile
 
         if check is not None:
             found = check_profile(check, shapes, revision=revision, seed=seed or 0, progress=stages)
         else:
             if file.exists() and not force:
                 raise UsageError(f"{file} exists; add --force to replace it, or name another --out")
-            contexts = _numbers("--context", context) or [CONTEXT]
+            model = shapes or "smollm2-135m"
+            contexts = (
+                default_contexts(model, revision)
+                if context is None
+                else _numbers("--context", context)
+            )
             regimes = [
                 Regime("decode", size, length)
                 for size in _numbers("--batch", batch)
                 for length in contexts
             ] + [Regime("prefill", 1, length) for length in _numbers("--prefill", prefill)]
             if not regimes:
-                raise UsageError("nothing to time: give --batch or --prefill")
+                raise UsageError("nothing to time: give --batch with --context, or --prefill")
             found = make_profile(
-                shapes or "smollm2-135m",
+                model,
                 file,
                 regimes,
                 device=device,

@@ -15,6 +15,7 @@ from bitsearch.policy import (
     PolicyExternal,
     PolicyFile,
     PolicyFormat,
+    PolicyLatency,
     PolicyMeasurement,
     PolicyModel,
     PolicyModule,
@@ -38,8 +39,9 @@ def make_policy(
     predicted: float,
     measured: dict[str, dict[str, Any]],
     provenance: dict[str, Any],
+    latency: list[PolicyLatency] | None = None,
 ) -> Policy:
-    """The policy file's content; free of times, so that a resumed run writes the same."""
+    """The policy file's content; free of dates, so that a resumed run writes the same."""
     space, layout = session.space, session.space.layout
     assignment: Assignment = [
         (unit, [(matrix, format) for matrix in unit.matrices])
@@ -65,6 +67,7 @@ def make_policy(
         budgets=list(budgets),
         achieved=achieved(layout, assignment),
         target=_target(space, contender),
+        latency=latency,
         damage=PolicyDamage(
             estimator=estimator,
             predicted=predicted,

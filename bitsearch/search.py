@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,16 @@ from numpy.typing import NDArray
 
 from bitsearch.budget import Budget, check_feasible, parse_budget, resources
 from bitsearch.calibration_loss import solve_measured
-from bitsearch.contenders import Contender, byte_matched, random_policies, searched
+from bitsearch.contenders import (
+    Contender,
+    byte_matched,
+    distinct,
+    random_policies,
+    searched,
+    uniforms,
+)
 from bitsearch.diagnostics import additivity, rank_correlation, sensitivity_spread
-from bitsearch.errors import UsageError
+from bitsearch.errors import InfeasibleBudget, UsageError
 from bitsearch.evaluate import Quality, interval, summary
 from bitsearch.fronts import save_front
 from bitsearch.interactions import interaction_terms
@@ -31,8 +39,10 @@ from bitsearch.solvers import load_solver, milp, pareto_dp
 from bitsearch.solvers.measured import needs_loss, refuse_early
 from bitsearch.solvers.monotone import monotone
 from bitsearch.solvers.pareto_dp import front
-from bitsearch.solvers.problem import Problem, Solution
+from bitsearch.solvers.problem import Problem, Solution, Solver
+from bitsearch.space import Space
 from bitsearch.tables import complete_table, load_table, measure_table
+from bitsearch.timed import Timing, open_timing
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +60,8 @@ class Request:
         recipe: the resolved recipe that the rest comes from, as it is stored.
         tokens: calibration tokens that a measured solver may spend; None is its default.
         storage: URL of the database of its study; None is a file in the run.
+        latency: table of times for budgets of time; None is the run's own.
+        estimated: whether a table of another machine will do.
     """
 
     budgets: tuple[str, ...]
@@ -60,6 +72,8 @@ class Request:
     recipe: Mapping[str, Any] | None = None
     tokens: int | None = None
     storage: str | None = None
+    latency: Path | None = None
+    estimated: bool = False
 
 
 def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.float64]:
@@ -112,9 +126,12 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     budgets = [parse_budget(text, space) for text in request.budgets]
     if not budgets:
         raise UsageError("no budget given; write --budget 4.5bpw, for example")
-    check_feasible(budgets, space)
-    costs, limits = resources(budgets, space)
     solver = load_solver(request.solver)
+    timing = open_timing(session, space, budgets, request.latency, request.estimated, progress)
+    times = {} if timing is None else timing.times
+    space = space if timing is None else timing.narrowed(space)
+    check_feasible(budgets, space, times)
+    costs, limits = resources(budgets, space, times)
     # Solved without damage first: budgets that cannot hold together, or that the
     # solver cannot take, are refused before anything is measured.
     nothing = np.where(space.allowed, 0.0, np.inf)
@@ -148,14 +165,17 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
         solution = solver(problem, seed=session.settings.seed)
     solver_seconds = time.monotonic() - clock
     curve = front(damage, costs[0], ties=ties) if alone else None
-    save_front(session.run, space, budgets, problem, curve)
+    save_front(session.run, space, budgets, problem, curve, times)
 
-    contenders = searched(problem, solution.choice, curve, space, planner, session.settings.seed)
+    seed = session.settings.seed
+    contenders = searched(problem, solution.choice, curve, space, planner, seed)
     if measured:
         contenders.append(Contender("additive", planner(problem).choice, False))
     if len(budgets) == 1:
-        contenders += byte_matched(problem, space, session.settings.seed)
+        contenders += byte_matched(problem, space, seed)
     contenders = [contender for contender in contenders if problem.feasible(contender.choice)]
+    if timing is not None:
+        contenders = _within_time(timing, contenders, problem, space, planner, seed, progress)
     judge = Judge(session, "selection")
     selected = _measured(judge, contenders, "selection text", progress)
     shipped = min(zip(contenders, selected, strict=True), key=lambda pair: pair[1].mean_kl)[0]
@@ -177,6 +197,7 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
         },
         {"solver": request.solver, "gap": solution.gap, "rules": request.rules.describe()}
         | ({} if request.recipe is None else {"recipe": request.recipe["name"]}),
+        None if timing is None else timing.describe(shipped.choice),
     )
     path = session.run.path / "policy.json"
     atomic_write(path, save_policy(policy).encode())
@@ -190,15 +211,17 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
         "target": space.target.name,
         "bytes": space.total_bytes(shipped.choice),
         "bpw": 8 * space.total_bytes(shipped.choice) / space.layout.parameters,
-        "limit_bytes": [budget.limit for budget in budgets],
+        "limit_bytes": [budget.limit for budget in budgets if budget.regime is None],
+        "latency": [entry.model_dump() for entry in policy.latency or []],
         "shipped": shipped.name,
         **summary(judged[0], final.reference_nll, final.corpus),
         "controls": [
-            _control(contender, quality, judged[0], session)
+            _control(contender, quality, judged[0], session) | _times(timing, contender)
             for contender, quality in zip(controls, judged[1:], strict=True)
         ],
         "selection": [
             {"name": c.name, "bytes": space.total_bytes(c.choice), "kl": q.mean_kl}
+            | _times(timing, c)
             for c, q in zip(contenders, selected, strict=True)
         ],
         "diagnostics": found,
@@ -215,6 +238,40 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     session.run.write_json("result.json", result)
     session.run.log("done", seconds=result["seconds"])
     return result
+
+
+def _within_time(
+    timing: Timing,
+    contenders: list[Contender],
+    problem: Problem,
+    space: Space,
+    planner: Solver,
+    seed: int,
+    progress: Progress,
+) -> list[Contender]:
+    """Contenders, uniform formats and repaired answers: those whose steps keep the budgets.
+
+    Raises:
+        InfeasibleBudget: none of them does.
+    """
+
+    def again(tighter: Problem) -> list[Contender]:
+        answer = planner(tighter, seed=seed).choice
+        return searched(tighter, answer, None, space, planner, seed)
+
+    # Uniform formats count by what they are measured to take, not by what is predicted.
+    untimed = timing.untimed(problem)
+    plain = [c for c in uniforms(problem, space) if untimed.feasible(c.choice)]
+    others = [c for c in contenders if not c.name.startswith("uniform-")]
+    kept = timing.kept(distinct([*others, *plain]), progress)
+    kept += timing.repaired(problem, contenders[0].choice, again)
+    kept = timing.kept(distinct(kept), progress)
+    if not kept:
+        raise InfeasibleBudget(
+            f"no policy keeps the time when its steps are measured; the table ({timing.path}) "
+            "promises too much: profile again, or raise the budget"
+        )
+    return kept
 
 
 def _measured(
@@ -248,7 +305,7 @@ def _never_reached(damage: NDArray[np.float64], session: Session) -> NDArray[np.
 def _diagnose(
     judge: Judge,
     problem: Problem,
-    space: Any,
+    space: Space,
     solution: Solution,
     budget: Budget,
     request: Request,
@@ -256,7 +313,8 @@ def _diagnose(
     progress: Progress,
 ) -> dict[str, Any]:
     """σ and its ceiling, additivity R, rank correlation over random policies, the gap."""
-    bits = 8 * budget.limit / space.layout.parameters
+    size = budget.limit if budget.regime is None else space.total_bytes(solution.choice)
+    bits = 8 * size / space.layout.parameters
     damage = np.asarray(problem.damage, np.float64)
     sigma, ceiling = sensitivity_spread(damage, space, bits)
     found: dict[str, Any] = {"sigma": _number(sigma), "ceiling": _number(ceiling)}
@@ -299,6 +357,14 @@ def _control(
         "difference": float(difference.mean()),
         "difference_ci": interval(difference),
     }
+
+
+def _times(timing: Timing | None, contender: Contender) -> dict[str, Any]:
+    """Milliseconds of a step in each regime; nothing where no time is asked for."""
+    if timing is None:
+        return {}
+    entries = timing.describe(contender.choice)
+    return {"ms": {entry.regime: entry.measured_ms or entry.predicted_ms for entry in entries}}
 
 
 def _number(value: float) -> float | None:

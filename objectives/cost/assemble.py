@@ -68,12 +68,7 @@ def assemble(
         NoKernel: the device has no kernel for a unit in its format.
         BadInput: the model cannot run in this regime.
     """
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and regime.context > limit:
-        raise BadInput(
-            f"{layout.reference} takes at most {limit} tokens, not {regime.context}; "
-            "give a shorter context"
-        )
+    check_context(layout, config, regime)
     formats = {unit.name: format for unit, format in choice}
     shape = _own_shape(device, layout, config)
 
@@ -87,6 +82,27 @@ def assemble(
 
     model = None if weights is None else weights.model
     return InTransformers(device, layout, config, units, regime, model)
+
+
+def longest_context(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a model takes, where its configuration says so."""
+    text = config.get_text_config(decoder=True)
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    return limit
+
+
+def check_context(layout: ModelLayout, config: PreTrainedConfig, regime: Regime) -> None:
+    """Refuse a regime of more tokens than the model takes.
+
+    Raises:
+        BadInput: it has more.
+    """
+    limit = longest_context(config)
+    if limit is not None and regime.context > limit:
+        raise BadInput(
+            f"{layout.reference} takes at most {limit} tokens, not {regime.context}; "
+            "give a shorter context"
+        )
 
 
 def _own_shape(

@@ -72,6 +72,7 @@ def content(space: Space) -> dict[str, Any]:
         "excluded": {"router": "decides which expert runs"},
         "kv_cache": None,
         "target": None,
+        "latency": None,
         "quantizer": {
             "method": "rtn",
             "statistics": {"file": "statistics.safetensors", "sha256": "a" * 64},

@@ -18,7 +18,7 @@ import pytest
 LAYERS = (
     {"errors", "formats", "registry", "units"},
     {"kernels", "quantizers"},
-    {"budget", "corpora", "models", "policy", "rules", "space", "targets", "texts"},
+    {"corpora", "models", "policy", "rules", "space", "targets", "texts"},
     {"objectives"},
     {"preparations", "solvers"},
     {"appearing", "evaluate", "run", "settings", "tables"},
