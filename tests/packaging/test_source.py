@@ -21,7 +21,7 @@ LAYERS = (
     {"corpora", "models", "policy", "rules", "space", "targets", "texts"},
     {"objectives"},
     {"preparations", "solvers"},
-    {"appearing", "evaluate", "run", "settings", "tables"},
+    {"appearing", "budget", "evaluate", "run", "settings", "tables"},
     {"external", "plan", "profile", "recipes", "session"},
     {
         "calibration_loss",
@@ -35,6 +35,7 @@ LAYERS = (
         "restore",
         "score",
         "search",
+        "timed",
     },
     {"catalogue", "check", "exporters", "report", "testing", "testing_devices", "testing_measured"},
     {"__main__", "cli", "commands_export", "console", "options", "printing", "profile_command"},
