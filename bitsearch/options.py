@@ -81,6 +81,10 @@ Damage = Annotated[str, typer.Option(help="Damage estimator: see `bitsearch list
 Quantizer = Annotated[
     str | None, typer.Option(help="See `bitsearch list quantizers`.  [default: rtn]")
 ]
+ProxyQuantizer = Annotated[
+    str | None,
+    typer.Option(help="Measure damage with this cheaper quantizer; its agreement is printed."),
+]
 Prepare = Annotated[
     str | None,
     typer.Option(help="Exact change of the model before: see `bitsearch list preparations`."),

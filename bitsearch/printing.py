@@ -97,6 +97,11 @@ def _step(entry: dict[str, Any]) -> str:
 def _print_diagnostics(found: dict[str, Any]) -> None:
     """Each with what it means."""
     d = found["diagnostics"]
+    if (proxy := d.get("proxy")) and proxy["rank_correlation"] is not None:
+        out.print(
+            f"damage was measured with {proxy['proxy']} in place of {proxy['quantizer']}: rank "
+            f"correlation {proxy['rank_correlation']:.2f} over {proxy['cells']} cells"
+        )
     if d["sigma"] is not None:
         out.print(
             f"sensitivities spread by σ = {d['sigma']:.2f}: at best "

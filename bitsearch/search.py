@@ -31,9 +31,10 @@ from bitsearch.interactions import interaction_terms
 from bitsearch.judge import Judge
 from bitsearch.objectives.estimators import load_estimator
 from bitsearch.policy import save_policy
+from bitsearch.proxy import agreement
 from bitsearch.record import make_policy
 from bitsearch.rules import NO_RULES, Rules
-from bitsearch.run import atomic_write
+from bitsearch.run import atomic_write, read_json
 from bitsearch.session import Progress, Session
 from bitsearch.solvers import load_solver, milp, pareto_dp
 from bitsearch.solvers.measured import needs_loss, refuse_early
@@ -88,25 +89,17 @@ def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.
     if complete_table(session.run, estimator) and (session.run.path / "model.json").exists():
         damage = load_table(session.run, estimator, space)
     else:
-        from bitsearch.objectives.damage.scoring import Scoring
-
-        signature = session.table_signature(estimator)
-        scoring = Scoring(
-            session.decoder,
-            space.units,
-            space.candidates,
-            session.weights,
-            session.corpora["calibration"].tokens,
-            session.settings.seed,
-        )
+        scoring = session.scoring(session.damage_weights)
         damage = measure_table(
             session.run,
             estimator,
             space,
-            signature,
+            session.table_signature(estimator),
             lambda cells: load(scoring, cells),
             lambda done, total: progress(f"damage ({estimator})", done, total),
         )
+    if session.settings.proxy_quantizer is not None:
+        agreement(session, estimator, damage, partial(progress, "proxy"))
     return monotone(_never_reached(damage, session), space.bytes)
 
 
@@ -319,6 +312,8 @@ def _diagnose(
     sigma, ceiling = sensitivity_spread(damage, space, bits)
     found: dict[str, Any] = {"sigma": _number(sigma), "ceiling": _number(ceiling)}
     found["gap"] = solution.gap
+    if session.settings.proxy_quantizer is not None:
+        found["proxy"] = read_json(session.run.path / f"tables/{request.estimator}.proxy.json")
     if not request.diagnostics:
         return found
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitsearch.models.decoder import Decoder
+    from bitsearch.objectives.damage.scoring import Scoring
     from bitsearch.objectives.weights import CandidateWeights
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
@@ -219,9 +220,10 @@ class Session:
             if not count:
                 log.warning("no calibration token reaches %s", name)
         seen: list[Unit] = []
-        if needs_second_moments(load_quantizer(self.settings.quantizer)):
+        names = {self.settings.quantizer, self.settings.proxy_quantizer} - {None}
+        if fed := sorted(n for n in names if n and needs_second_moments(load_quantizer(n))):
             seen = [unit for unit in units if reached.get(unit.name)]
-            _warn_if_few(calibration.tokens.numel(), units, self.settings.quantizer)
+            _warn_if_few(calibration.tokens.numel(), units, fed[0])
         room = available_bytes(decoder.device) // 4
         moments = second_moments_in_turn(decoder, seen, calibration.tokens, room)
         atomic_write(path, statistics_parts(calibration.sha256, means, seen, moments))
@@ -235,11 +237,20 @@ class Session:
     @cached_property
     def weights(self) -> CandidateWeights:
         """The model's weights under any assignment."""
+        return self._weights(self.settings.quantizer)
+
+    @cached_property
+    def damage_weights(self) -> CandidateWeights:
+        """The weights that damage is measured with: the same, unless a proxy is asked for."""
+        proxy = self.settings.proxy_quantizer
+        return self.weights if proxy is None else self._weights(proxy)
+
+    def _weights(self, name: str) -> CandidateWeights:
         from bitsearch.objectives.memory import available_bytes
         from bitsearch.objectives.statistics_file import StoredMoments
         from bitsearch.objectives.weights import CandidateWeights
 
-        quantizer, importance = load_quantizer(self.settings.quantizer), self.importance
+        quantizer, importance = load_quantizer(name), self.importance
         return CandidateWeights(
             self.decoder.model,
             quantizer,
@@ -256,6 +267,19 @@ class Session:
             ),
         )
 
+    def scoring(self, weights: CandidateWeights) -> Scoring:
+        """What an estimator is given."""
+        from bitsearch.objectives.damage.scoring import Scoring
+
+        return Scoring(
+            self.decoder,
+            self.space.units,
+            self.space.candidates,
+            weights,
+            self.corpora["calibration"].tokens,
+            self.settings.seed,
+        )
+
     def table_signature(self, estimator: str) -> dict[str, Any]:
         """What a damage table's meaning depends on."""
         settings = self.settings
@@ -267,6 +291,7 @@ class Session:
             "dtype": settings.dtype,
             "seed": settings.seed,
             **({"preparation": made} if (made := self.preparation_sha256) else {}),
+            **({"proxy_quantizer": proxy} if (proxy := settings.proxy_quantizer) else {}),
             **({"external": plain(settings)["external"]} if settings.external else {}),
         }
 

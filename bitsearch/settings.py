@@ -51,6 +51,7 @@ class Settings:
         seed: of everything random.
         target: the engine that policies are for.
         prepare: name of the preparation of the model, if there is one.
+        proxy_quantizer: name of another quantizer that damage is measured with, if asked for.
         external: where the weights of formats come from another tool, by format name.
     """
 
@@ -68,6 +69,7 @@ class Settings:
     seed: int
     target: str
     prepare: str | None = None
+    proxy_quantizer: str | None = None
     external: dict[str, ExternalFiles] = field(default_factory=dict)
 
 

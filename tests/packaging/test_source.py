@@ -31,6 +31,7 @@ LAYERS = (
         "fronts",
         "interactions",
         "judge",
+        "proxy",
         "record",
         "restore",
         "score",
