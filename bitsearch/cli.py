@@ -207,12 +207,12 @@ def search(
         reporting(),
         _recipe(
             recipe, budget=budget, damage=damage, solver=solver, candidates=candidates, fuse=fuse,
-            quantizer=quantizer, length=length, windows=windows,
+            quantizer=quantizer, prepare=prepare, length=length, windows=windows,
         ) as (used, resolved),
         _session(
             model, out_, device, frozen=frozen_formats(freeze),
             texts=text, own_texts=own_texts(calibration_text, selection_text, evaluation_text),
-            dtype=dtype, seed=seed, revision=revision, target=target, prepare=prepare,
+            dtype=dtype, seed=seed, revision=revision, target=target,
             external=external_paths(external), proxy_quantizer=proxy_quantizer,
             **{name: used[name] for name in _RECIPE_SETTINGS}
             | {"candidates": offered(used["candidates"], used["budget"], model, target, latency)},
@@ -388,7 +388,7 @@ def _emit(found: Any, as_json: bool, show: Any) -> None:
         show()
 
 
-_RECIPE_SETTINGS = ("candidates", "fuse", "quantizer", "length", "windows")
+_RECIPE_SETTINGS = ("candidates", "fuse", "quantizer", "prepare", "length", "windows")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ ESTIMATORS = {
     "fisher_output": f"{_DAMAGE}.fisher_output:fisher_output",
     "fisher_output_data": f"{_DAMAGE}.fisher_output:fisher_output_data",
     "fisher_weight": f"{_DAMAGE}.fisher_weight:fisher_weight",
+    "fisher_weight_from_widest": f"{_DAMAGE}.fisher_weight:fisher_weight_from_widest",
     "noise_slope": f"{_DAMAGE}.noise_slope:noise_slope",
     "hessian_trace": f"{_DAMAGE}.hessian_trace:hessian_trace",
     "hessian_eigenvalue": f"{_DAMAGE}.hessian_eigenvalue:hessian_eigenvalue",
@@ -29,6 +30,7 @@ ESTIMATORS = {
     "first_order_signed": f"{_DAMAGE}.first_order:first_order_signed",
     "output_error": f"{_DAMAGE}.output_error:output_error",
     "relative_output_error": f"{_DAMAGE}.output_error:relative_output_error",
+    "outlier_features": f"{_DAMAGE}.outlier_features:outlier_features",
     "weight_error": f"{_DAMAGE}.weight_error:weight_error",
 }
 

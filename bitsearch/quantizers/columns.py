@@ -45,6 +45,11 @@ class Columns:
     kept: Any
 
     @property
+    def columns(self) -> Tensor:
+        """(kept,) int64, ascending: the columns that are kept."""
+        return self.place[len(self.place) - self.kept.codes.shape[1] :]
+
+    @property
     def nbytes(self) -> int:
         """Memory of the unpacked tensors."""
         return int(self.place.nbytes + self.rest.nbytes + self.kept.nbytes)
@@ -56,9 +61,8 @@ class Columns:
 
     def pack(self) -> dict[str, Tensor]:
         """The tensors as they are stored; their bytes sum to `Format.bytes`."""
-        columns = self.place[len(self.place) - self.kept.codes.shape[1] :]
         return {
-            "columns": columns.cpu().to(torch.uint16),
+            "columns": self.columns.cpu().to(torch.uint16),
             **outer("kept", self.kept.pack()),
             **outer("rest", self.rest.pack()),
         }

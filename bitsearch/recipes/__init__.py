@@ -19,6 +19,8 @@ from bitsearch import registry
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import parse_formats
 from bitsearch.objectives import estimators
+from bitsearch.preparations import GROUP as PREPARATION_GROUP
+from bitsearch.preparations import PREPARATIONS
 from bitsearch.quantizers import GROUP as QUANTIZER_GROUP
 from bitsearch.quantizers import QUANTIZERS
 from bitsearch.settings import DEFAULT_WINDOWS
@@ -31,6 +33,7 @@ _NAMED = {
     "damage": (estimators.GROUP, estimators.ESTIMATORS),
     "solver": (SOLVER_GROUP, SOLVERS),
     "quantizer": (QUANTIZER_GROUP, QUANTIZERS),
+    "prepare": (PREPARATION_GROUP, PREPARATIONS),
 }
 
 
@@ -44,6 +47,7 @@ class Recipe(BaseModel):
         candidates: formats, as `--candidates` takes them.
         fuse: one format for what engines fuse.
         quantizer: name of the quantizer.
+        prepare: name of the preparation.
         damage: name of the damage estimator.
         solver: name of the solver.
         budget: budgets if the user gives none.
@@ -59,6 +63,7 @@ class Recipe(BaseModel):
     candidates: str | None = None
     fuse: bool | None = None
     quantizer: str | None = None
+    prepare: str | None = None
     damage: str | None = None
     solver: str | None = None
     budget: list[str] = []

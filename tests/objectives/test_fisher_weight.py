@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitsearch.objectives.damage.fisher_weight import fisher_weight
+from bitsearch.objectives.damage.fisher_weight import fisher_weight, fisher_weight_from_widest
 from bitsearch.objectives.damage.gradients import sample
 
 
@@ -98,3 +98,20 @@ def exact_fisher(case: Any, names: list[str]) -> dict[str, Tensor]:
                 sums += entry.detach().exp() * gradient.square()
     case.model.requires_grad_(False)
     return dict(zip(names, total, strict=True))
+
+
+def test_from_the_widest_candidate(case_of: Any) -> None:
+    """½ Σ F (ŵ₃ − ŵ₅)²: as `fisher_weight` of a model that is the widest candidate, with the
+    gradients of the model itself.
+    """
+    case = case_of(num_hidden_layers=2)
+    scoring = case.scoring("int3-g16,int5-g16")
+    cells = [(unit, c) for unit in range(len(case.units)) for c in (0, 1)]
+    found = {cell[:2]: cell[2] for cell in fisher_weight_from_widest(scoring, cells)}
+    plain = {cell[:2]: cell[2] for cell in fisher_weight(scoring, cells)}
+    for unit in range(len(case.units)):
+        assert found[unit, 1] == 0
+        # |a − b| lies between the difference and the sum of norms in F
+        low, high = plain[unit, 0] ** 0.5, plain[unit, 1] ** 0.5
+        assert (low - high) ** 2 <= found[unit, 0] * (1 + 1e-5)
+        assert found[unit, 0] <= (low + high) ** 2 * (1 + 1e-5)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from bitsearch.objectives.damage import (
     backup_noise,
@@ -25,10 +24,8 @@ from bitsearch.objectives.damage import (
     noise_slope,
 )
 from bitsearch.objectives.damage.jsd_from_widest import divergence
-from bitsearch.objectives.estimators import load_estimator
 from bitsearch.recipes import load_recipe
 from bitsearch.solvers import amq, load_solver
-from bitsearch.solvers.monotone import monotone
 from bitsearch.solvers.pareto_dp import front
 from bitsearch.solvers.problem import Problem
 
@@ -36,26 +33,7 @@ Known = Callable[..., Any]
 Patch = pytest.MonkeyPatch
 
 
-def table(name: str, scoring: Any) -> NDArray[np.float64]:
-    """The damage table of a recipe's estimator."""
-    damage = np.full((len(scoring.units), len(scoring.candidates)), np.nan)
-    cells = [(int(u), int(c)) for u, c in np.argwhere(np.isnan(damage))]
-    for unit, candidate, value in load_estimator(str(load_recipe(name).damage))(scoring, cells):
-        damage[unit, candidate] = value
-    return damage
-
-
-def chosen(
-    name: str, damage: NDArray[np.float64], costs: list[list[int]], budget: int
-) -> list[int]:
-    """What the recipe's solver chooses, after the table is made monotone as every search does."""
-    sizes = np.array(costs)
-    problem = Problem(monotone(damage, sizes), sizes[None], np.array([budget]))
-    found: list[int] = load_solver(str(load_recipe(name).solver))(problem, seed=0).choice.tolist()
-    return found
-
-
-def test_hawq_v1(known: Known, monkeypatch: Patch) -> None:
+def test_hawq_v1(known: Known, monkeypatch: Patch, table: Any, chosen: Any) -> None:
     """S = λ/n ranks the units, whatever their errors.
 
     λ = 8, 6, 6 over n = 4, 2, 1 weights: S = 2, 3, 6, so the ranking is c, b, a. At 4 and
@@ -77,7 +55,7 @@ def traces(monkeypatch: Patch, *values: float) -> None:
     monkeypatch.setattr(hessian_trace, "hutchinson", lambda scoring, draws: list(values))
 
 
-def test_hawq_v2(known: Known, monkeypatch: Patch) -> None:
+def test_hawq_v2(known: Known, monkeypatch: Patch, table: Any, chosen: Any) -> None:
     """½Ω = ½ (Tr/n)·‖Δ‖², and the Pareto set of (ΣΩ, size).
 
     a: Tr/n = 6/3 = 2, ‖Δ‖² = 3, 1, 0 → 3, 1, 0. b: Tr/n = 5/1 = 5, ‖Δ‖² = 4, 1.6, 0 → 10,
@@ -96,7 +74,7 @@ def test_hawq_v2(known: Known, monkeypatch: Patch) -> None:
     assert chosen("hawq-v2", damage, [[1, 2, 4]] * 2, 7) == [1, 2]
 
 
-def test_hawq_v3(known: Known, monkeypatch: Patch) -> None:
+def test_hawq_v3(known: Known, monkeypatch: Patch, table: Any, chosen: Any) -> None:
     """The same score at 4 and 8 bits; the ILP takes the best set, not the best unit first.
 
     Ω drops by 6 (a, 3 bytes), 4 (b, 2 bytes), 4 (c, 2 bytes) from 4 to 8 bits. With 4 bytes
@@ -155,7 +133,9 @@ def test_evopress(monkeypatch: Patch) -> None:
     assert solver(problem, Loss(), tokens=2000, seed=0).choice.tolist() == [0, 1]
 
 
-def test_hawq_scores_negative_curvature_lowest(known: Known, monkeypatch: Patch) -> None:
+def test_hawq_scores_negative_curvature_lowest(
+    known: Known, monkeypatch: Patch, table: Any
+) -> None:
     """Not 0: a unit whose row is 0 counts as one that no text has reached."""
     traces(monkeypatch, -3.0, 0.0)
     errors = {"a": [[1.0], [0.0]], "b": [[1.0], [0.0]]}
@@ -164,7 +144,7 @@ def test_hawq_scores_negative_curvature_lowest(known: Known, monkeypatch: Patch)
 
 
 @pytest.mark.parametrize("name", ["zeroq", "modelopt-autoquantize-kl"])
-def test_measured_kl(name: str) -> None:
+def test_measured_kl(name: str, chosen: Any) -> None:
     """One sum and one maximum of the same one-at-a-time KL table, 2, 4 and 8 bytes a unit.
 
     a: 9, 5, 0; b: 6, 1, 0; c: 6, 1, 0. 10 bytes allow two units at 4 and one at 2: with a at
@@ -180,7 +160,7 @@ def test_measured_kl(name: str) -> None:
         assert found in ([1, 0, 1], [1, 1, 0])
 
 
-def test_llm_mq(known: Known, monkeypatch: Patch) -> None:
+def test_llm_mq(known: Known, monkeypatch: Patch, table: Any, chosen: Any) -> None:
     """|Σ g Δ|: signs cancel inside a unit.
 
     a: g = (1, 2), Δ = (4, −2) → 4 − 4 = 0 at 2 bits, (1, 1) → 3 at 3, (0, 0) at 4: the
@@ -195,7 +175,7 @@ def test_llm_mq(known: Known, monkeypatch: Patch) -> None:
     assert chosen("llm-mq", damage, [[2, 3, 4]] * 2, 6) == [0, 2]
 
 
-def test_autoround_autoscheme(known: Known, monkeypatch: Patch) -> None:
+def test_autoround_autoscheme(known: Known, monkeypatch: Patch, table: Any, chosen: Any) -> None:
     """Σ|g ⊙ Δ|: absolute values inside the sum.
 
     a: |1·4| + |2·(−2)| = 8, |1·1| + |2·1| = 3, 0. b: 5, 2, 1. With bytes 2, 4, 8 and 10 in
@@ -210,7 +190,7 @@ def test_autoround_autoscheme(known: Known, monkeypatch: Patch) -> None:
     assert chosen("autoround-autoscheme", damage, [[2, 4, 8]] * 2, 12) == [2, 1]
 
 
-def test_higgs(known: Known, monkeypatch: Patch) -> None:
+def test_higgs(known: Known, monkeypatch: Patch, table: Any) -> None:
     """α = Σ KL_j t_j² / Σ t_j⁴ with t² = 1, 4 here, then s = α ‖Δ‖²/‖W‖².
 
     KL = 3, 10: α = (3·1 + 10·4) / (1 + 16) = 43/17. ‖W‖² = 9 + 16 = 25, ‖Δ‖² = 1 and 0.25,
@@ -239,7 +219,7 @@ def test_higgs(known: Known, monkeypatch: Patch) -> None:
     assert damage[0] == pytest.approx([0.1011765, 0.0252941], rel=1e-5)
 
 
-def test_modelopt_gradient() -> None:
+def test_modelopt_gradient(chosen: Any) -> None:
     """½ (∂L/∂Y ⊙ ΔY)² summed, then monotone in bytes, then the binary programme.
 
     A unit's table 4, 5, 0 at 2, 3 and 8 bytes becomes 4, 4, 0: the third byte buys nothing.
@@ -256,7 +236,9 @@ def test_modelopt_gradient() -> None:
 
 
 @pytest.mark.parametrize(("name", "order"), [("nncf", [0, 1, 1]), ("nncf-hessian", [1, 1, 0])])
-def test_nncf(name: str, order: list[int], known: Known, monkeypatch: Patch) -> None:
+def test_nncf(
+    name: str, order: list[int], known: Known, monkeypatch: Patch, table: Any, chosen: Any
+) -> None:
     """Units go to 4 bits in ascending order of score, until the bytes suffice.
 
     8-bit errors 0.2, 0.1, 0.05 on one weight each. Data-free: 1/0.04 = 25, 1/0.01 = 100,
@@ -272,7 +254,7 @@ def test_nncf(name: str, order: list[int], known: Known, monkeypatch: Patch) -> 
     assert chosen(name, damage, [[2, 4]] * 3, 10) == order
 
 
-def test_mlx_dynamic(known: Known, monkeypatch: Patch) -> None:
+def test_mlx_dynamic(known: Known, monkeypatch: Patch, table: Any, chosen: Any) -> None:
     """10⁶/n · Σ g ⊙ (low − high), and a threshold: a unit of small gain waits for its turn.
 
     a: n = 2, g = (1, 1), low − high = (0.02, 0.01) → 0.03/2 · 10⁶ = 15,000. b: n = 1,
