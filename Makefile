@@ -46,6 +46,10 @@ test: $(INSTALLED) ## the tests that take seconds
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(PY) -m pytest -m "slow and not network"
 
+.PHONY: test-targets
+test-targets: $(INSTALLED) ## other tools open our exports, in environments of their own
+	$(PY) -m pytest -m "slow and network" tests/targets
+
 .PHONY: lint
 lint: $(INSTALLED) ## ruff: rules and formatting
 	$(PY) -m ruff check

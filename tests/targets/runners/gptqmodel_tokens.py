@@ -21,7 +21,7 @@ def main() -> None:
             min_new_tokens=int(count),
         )
         found.append(done[0, len(prompt) :].tolist())
-    print("TOKENS", json.dumps(found))
+    print("RESULT", json.dumps(found))
 
 
 main()

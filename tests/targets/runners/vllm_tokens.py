@@ -19,7 +19,7 @@ def main() -> None:
     for prompt in json.loads(prompts):
         done = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
         found.append(list(done[0].outputs[0].token_ids))
-    print("TOKENS", json.dumps(found))
+    print("RESULT", json.dumps(found))
 
 
 main()
