@@ -103,10 +103,12 @@ def stored_settings(folder: Path) -> Settings:
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON values; as in older runs, nothing is said of no target."""
+    """Settings as JSON values; as in older runs, nothing is said of what was not asked for."""
     values = asdict(settings)
     if settings.target == "none":
         del values["target"]
+    if not settings.external:
+        del values["external"]
     values["candidates"], values["texts"] = list(settings.candidates), list(settings.texts)
     return values
 

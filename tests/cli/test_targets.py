@@ -86,6 +86,7 @@ def test_runs_from_before_targets_have_none(cli: Any, searched: Any) -> None:
     space = searched.run / "space.json"
     content = json.loads(space.read_text())
     assert content["settings"].pop("target") == "portable"
+    assert "external" not in content["settings"]
     space.write_text(json.dumps(content))
     found = cli("search", searched.run, "--budget", "5bpw", "--diagnostics", "0", "--json").json
     assert found["target"] == "none"
