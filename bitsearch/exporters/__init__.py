@@ -20,6 +20,11 @@ EXPORTERS = {
     "gptqmodel": "bitsearch.exporters.gptqmodel:EXPORTER",
     "autoround": "bitsearch.exporters.autoround:EXPORTER",
     "torchao": "bitsearch.exporters.torchao:EXPORTER",
+    "modelopt": "bitsearch.exporters.modelopt:EXPORTER",
+    "bitsandbytes": "bitsearch.exporters.bitsandbytes:EXPORTER",
+    "hqq": "bitsearch.exporters.hqq:EXPORTER",
+    "vllm-kv": "bitsearch.exporters.kv_cache:VLLM",
+    "transformers-kv": "bitsearch.exporters.kv_cache:TRANSFORMERS",
     "llama.cpp": "bitsearch.exporters.llama_cpp:EXPORTER",
     "mlx": "bitsearch.exporters.mlx:EXPORTER",
 }

@@ -29,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 LOSSES: Mapping[str, str] = {
     "ACT_DROPPED": "activations stay unquantized",
+    "ACT_QUANTIZED": "the target quantizes activations too",
     "EMBED_DROPPED": "the embedding stays at 16 bits",
     "EXPERT_HARMONISED": "experts that the target stores together share one format",
     "FUSED_HARMONISED": "matrices that the target fuses take the widest format among them",
@@ -155,6 +156,7 @@ class Exporter:
         read: (file or folder, the model's layout) -> formats; None if the target's files
             carry no mixed configuration.
         needs_weights: whether there is nothing to write without weights.
+        writes_weights: whether weights can be written.
     """
 
     about: str
@@ -162,6 +164,7 @@ class Exporter:
     write: Callable[[Policy, Translation, Path, Checkpoint | None], Mapping[str, int]]
     read: Callable[[Path, ModelLayout], Reading] | None = None
     needs_weights: bool = False
+    writes_weights: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,8 @@ def export_policy(
     _refuse(translation.losses, allowed, target)
     if model is None and exporter.needs_weights:
         raise UsageError(f"{target} needs the weights: give --model {policy.model.reference}")
+    if model is not None and not exporter.writes_weights:
+        raise UsageError(f"{target} takes a configuration and no weights: leave --model away")
     source = None
     if model is not None:
         _, _, source = open_layout(model)

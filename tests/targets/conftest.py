@@ -194,10 +194,15 @@ class Fake:
         """Greedy continuations."""
         found = []
         for prompt in prompts:
-            tokens = list(prompt)
-            for _ in range(count):
-                tokens.append(int(self._logits(tokens)[-1].argmax()))
-            found.append(tokens[len(prompt) :])
+            tokens = torch.tensor([list(prompt)])
+            done = self.loaded.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                max_new_tokens=count,
+                min_new_tokens=count,
+            )
+            found.append(done[0, len(prompt) :].tolist())
         return found
 
     def shortfall(
@@ -221,10 +226,11 @@ class Fake:
         return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake() -> Callable[[Path, str], Fake]:
     """The model of a policy file, with its weights put in place."""
     from bitsearch.models.load import load_model
+    from bitsearch.models.weights import write_weight
     from bitsearch.policy import load_policy
     from bitsearch.score import assignment, candidate_weights
 
@@ -232,7 +238,9 @@ def fake() -> Callable[[Path, str], Fake]:
         loaded = load_model(open_layout(model)[2], dtype="float32")
         policy = load_policy(path)
         weights = candidate_weights(loaded.model, policy, path, None, cache_bytes=0)
-        weights.applied(assignment(policy, loaded.layout)).__enter__()
+        for unit, format in assignment(policy, loaded.layout):
+            for matrix in unit.matrices:
+                write_weight(loaded.model, matrix, weights.candidate(matrix, format))
         return Fake(loaded)
 
     return make
