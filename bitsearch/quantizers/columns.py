@@ -69,8 +69,14 @@ class Columns:
 
 
 def unpack(packed: dict[str, Tensor], format: ColumnsFormat, in_features: int) -> Columns:
-    """The inverse of `Columns.pack`."""
+    """The inverse of `Columns.pack`.
+
+    Raises:
+        ValueError: the indices are not those of ascending columns.
+    """
     columns = packed["columns"].long()
+    if not bool((columns.diff() > 0).all()) or int(columns[-1]) >= in_features:
+        raise ValueError(f"the kept columns in {format.name} are in no order")
     base, kept = codec_of(format.base), codec_of(format.kept)
     return Columns(
         format,

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ from bitsearch.quantizers.feedback import feed_back, output_errors
 from bitsearch.quantizers.halves import halves
 from bitsearch.quantizers.parts import inner, outer
 from bitsearch.quantizers.second_moment import SecondMoment
+
+_CHUNK = 1 << 24  # weights looked at at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,17 @@ class Sparse:
 
 
 def unpack(packed: dict[str, Tensor], format: SparseFormat, in_features: int) -> Sparse:
-    """The inverse of `Sparse.pack`."""
+    """The inverse of `Sparse.pack`.
+
+    Raises:
+        ValueError: the sparse part is no matrix of these columns in compressed rows.
+    """
     dense = codec_of(format.base).unpack(inner("dense", packed), format.base, in_features)
-    counts = packed["starts"].long().diff()
+    counts, columns = packed["starts"].long().diff(), packed["columns"].long()
     rows = torch.arange(len(counts)).repeat_interleave(counts)
-    places = rows * in_features + packed["columns"].long()
+    places = rows * in_features + columns
+    if bool((columns >= in_features).any()) or not bool((places.diff() > 0).all()):
+        raise ValueError(f"the outliers in {format.name} are in no order")
     return Sparse(format, dense, places, packed["values"])
 
 
@@ -101,11 +110,19 @@ def quantize(weight: Tensor, format: SparseFormat, importance: Tensor | None = N
 
 def _outliers(weight: Tensor, format: SparseFormat, h: Tensor, count: int) -> Tensor:
     """(out, in) where the outliers are."""
+    rows = max(1, _CHUNK // weight.shape[1])
+    score = torch.empty_like(weight)
     if format.base.group_size is not None:
-        return _largest(_gains(weight, format, h), count)
+        for part, found in zip(weight.split(rows), score.split(rows), strict=True):
+            found.copy_(_gains(part, format, h))
+        return _largest(score, count)
     last = -(-count // 9)
     large = _largest(weight.abs(), count - last)
-    return large | _largest(_losses(weight, large, format, h).masked_fill_(large, -1.0), last)
+    for part, out, found in zip(
+        weight.split(rows), large.split(rows), score.split(rows), strict=True
+    ):
+        found.copy_(_losses(part, out, format, h).masked_fill_(out, -1.0))
+    return large | _largest(score, last)
 
 
 def _gains(weight: Tensor, format: SparseFormat, h: Tensor) -> Tensor:
@@ -147,8 +164,9 @@ def _largest(score: Tensor, count: int) -> Tensor:
     """Where the `count` largest of a matrix are; of equal ones the first."""
     if not count:
         return torch.zeros_like(score, dtype=torch.bool)
-    flat = score.reshape(-1)
-    least = flat.topk(count).values[-1]
+    flat = score.view(-1)
+    # topk would copy every entry with its index
+    least = float(np.partition(flat.cpu().numpy(), -count)[-count])
     found = flat > least
     found[(flat == least).nonzero()[: count - int(found.sum()), 0]] = True
     return found.view(score.shape)

@@ -3,8 +3,10 @@
 For every recipe and budget the recipe's estimator scores, its solver chooses,
 and that choice alone is measured on held-out text: no contender stands in for
 it, as in `bitsearch search`. Each is run with its own candidates where they
-reach the budget, and with the same candidates for all. Stopped and started
-again, it goes on; the seconds of the parts add up.
+reach the budget, and with the same candidates for all, unless `--own` is given.
+Budgets in bits count the parameters of the model as it is: a head that a recipe
+unties is in the bytes, not in the parameters. Stopped and started again, it goes
+on; the seconds of the parts add up.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from bitsearch.contenders import byte_matched
 from bitsearch.errors import InfeasibleBudget
 from bitsearch.evaluate import interval
 from bitsearch.judge import Judge
+from bitsearch.models.load import open_layout
 from bitsearch.recipes import load_recipe, recipe_names
 from bitsearch.run import atomic_write, read_json
 from bitsearch.search import measure
@@ -33,10 +36,17 @@ from bitsearch.session import Session, open_session
 from bitsearch.solvers import load_solver
 from bitsearch.solvers.measured import needs_loss
 from bitsearch.solvers.problem import Problem
+from bitsearch.space import Space, make_space
 
 COMMON = "int{2,3,4,5,6,8}-g64"
-OURS = {"candidates": COMMON, "fuse": True, "damage": "kl", "solver": "pareto_dp"}
+_OURS = {"candidates": COMMON, "fuse": True, "solver": "pareto_dp", "prepare": None}
+BASELINES = {
+    "bitsearch": _OURS | {"damage": "kl", "quantizer": "rtn"},
+    "default": _OURS | {"damage": "fisher_output", "quantizer": "rtn"},
+    "default-gptq": _OURS | {"damage": "fisher_output", "quantizer": "gptq"},
+}
 CONTROL = "filled-g64"
+WHOSE = ("common", "own")
 
 
 def main() -> None:
@@ -47,6 +57,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSON file, also to go on from")
     parser.add_argument("--budgets", default="4.5bpw,3.5bpw")
     parser.add_argument("--recipes", default=",".join(recipe_names()))
+    parser.add_argument("--own", action="store_true", help="each recipe's own candidates alone")
+    parser.add_argument("--against", default="bitsearch", choices=BASELINES)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--windows", default="8,4,32")
     parser.add_argument("--tokens", type=int, help="for measured solvers; default 64 passes")
@@ -61,28 +73,28 @@ def main() -> None:
         parser.error(f"{options.results} was made with {content['asked']}; give another --results")
     rows = content.setdefault("rows", [])
     done = {(row["recipe"], row["candidates_of"], row["budget"]) for row in rows}
-    for name in ["bitsearch", *options.recipes.split(",")]:
-        for whose in ("common", "own"):
-            if whose == "own" and name == "bitsearch":
-                continue
+    for name in [options.against, *options.recipes.split(",")]:
+        for whose in ("common",) if name in BASELINES else ("own",) if options.own else WHOSE:
             missing = [b for b in options.budgets.split(",") if (name, whose, b) not in done]
             for row in _rows(name, whose, missing, options) if missing else ():
                 rows.append(row)
                 content["versions"] = _versions(options.device)
                 atomic_write(options.results, (json.dumps(content, indent=1) + "\n").encode())
     for budget in options.budgets.split(","):
-        print_table([row for row in rows if row["budget"] == budget], budget)
+        print_table([row for row in rows if row["budget"] == budget], budget, options.against)
 
 
 def _rows(
     name: str, whose: str, budgets: list[str], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """One recipe with one set of candidates at each budget."""
-    parts: dict[str, Any] = OURS if name == "bitsearch" else load_recipe(name).model_dump()
+    parts: dict[str, Any] = BASELINES.get(name) or load_recipe(name).model_dump()
     candidates = COMMON if whose == "common" else parts["candidates"]
     given = {
         "candidates": candidates,
         "fuse": parts["fuse"],
+        "quantizer": parts["quantizer"],
+        "prepare": parts["prepare"],
         "length": options.length,
         "windows": options.windows,
         "seed": options.seed,
@@ -91,10 +103,10 @@ def _rows(
     with open_session(options.model, options.out / f"{name}-{whose}", options.device, given) as run:
         for text in budgets:
             row = {"recipe": name, "candidates_of": whose, "budget": text, "formats": candidates}
-            row |= {"damage": parts["damage"], "solver": parts["solver"]}
+            row |= {part: parts[part] for part in ("damage", "solver", "quantizer", "prepare")}
             try:
                 found = [_one(run, parts, text, options.tokens)]
-                if name == "bitsearch":
+                if name in BASELINES:
                     found.append(_control(run, text))
             except InfeasibleBudget as error:
                 found = [{"out_of_reach": str(error)}]
@@ -128,9 +140,16 @@ def _one(session: Session, parts: dict[str, Any], text: str, tokens: int | None)
 def _problem(session: Session, text: str) -> Problem:
     """The problem of one budget, without damage yet."""
     space = session.space
-    budgets = [parse_budget(text, space)]
+    budgets = [parse_budget(text, _as_it_is(session))]
     check_feasible(budgets, space)
     return Problem(np.where(space.allowed, 0.0, np.inf), *resources(budgets, space))
+
+
+def _as_it_is(session: Session) -> Space:
+    """The space of the model with its head as it is, tied or not."""
+    asked = session.settings
+    layout = open_layout(asked.model, revision=asked.revision, fuse=asked.fuse)[0]
+    return make_space(layout, session.space.candidates)
 
 
 def _control(session: Session, text: str) -> dict[str, Any]:
@@ -138,7 +157,8 @@ def _control(session: Session, text: str) -> dict[str, Any]:
     found = byte_matched(_problem(session, text), session.space, session.settings.seed)
     control = next(c for c in found if c.name in (CONTROL, "uniform-int8-g64"))
     none = {"scoring_seconds": 0.0, "solving_seconds": 0.0, "tokens": 0}
-    named = {"recipe": control.name, "damage": "none", "solver": "none"}
+    ending = "" if session.settings.quantizer == "rtn" else f" ({session.settings.quantizer})"
+    named = {"recipe": control.name + ending, "damage": "none", "solver": "none"}
     return {**named, **_measured(session, control.choice), **none}
 
 
@@ -148,7 +168,7 @@ def _measured(session: Session, choice: Any) -> dict[str, Any]:
     size = session.space.total_bytes(choice)
     return {
         "bytes": size,
-        "bpw": 8 * size / session.space.layout.parameters,
+        "bpw": 8 * size / _as_it_is(session).layout.parameters,
         "kl": quality.mean_kl,
         "kl_ci": interval(quality.kl),
         "perplexity": quality.perplexity,
@@ -200,12 +220,12 @@ def _versions(device: str) -> dict[str, str]:
     }
 
 
-def print_table(rows: list[dict[str, Any]], budget: str) -> None:
-    """Markdown, best first; the difference is from bitsearch's default on the same windows."""
-    ours = next(np.array(row["kl_of_windows"]) for row in rows if row["recipe"] == "bitsearch")
+def print_table(rows: list[dict[str, Any]], budget: str, against: str) -> None:
+    """Markdown, best first; the difference is from the baseline on the same windows."""
+    ours = next(np.array(row["kl_of_windows"]) for row in rows if row["recipe"] == against)
     print(f"\n### {budget}\n")
     print(
-        "| recipe | candidates | bpw | bytes | KL | 95 % | − bitsearch, paired | perplexity | "
+        f"| recipe | candidates | bpw | bytes | KL | 95 % | − {against}, paired | perplexity | "
         "scoring s | solving s | tokens |"
     )
     print("|---" * 11 + "|")

@@ -184,3 +184,12 @@ def test_weights_beyond_float16_are_refused() -> None:
     weight[:, 3] = 1e6
     with pytest.raises(BadInput, match=r"beyond float16.*--freeze"):
         quantize(weight, parse_format("mxfp8+fp16x2"))
+
+
+@pytest.mark.parametrize("columns", [[5, 4], [5, 5], [5, 90]])
+def test_damaged_indices_are_refused(columns: list[int]) -> None:
+    format = parse_format("int3-g16+fp16x2")
+    packed = quantize(normal(4, 64, 12), format).pack()
+    packed["columns"] = torch.tensor(columns).to(torch.uint16)
+    with pytest.raises(ValueError, match="in no order"):
+        codec_of(format).unpack(packed, format, 64)

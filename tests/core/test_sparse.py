@@ -16,7 +16,7 @@ from torch import Tensor
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import parse_format
 from bitsearch.formats.sparse import SparseFormat
-from bitsearch.quantizers import gptq
+from bitsearch.quantizers import gptq, sparse
 from bitsearch.quantizers.codec import codec_of
 from bitsearch.quantizers.feedback import output_errors
 from bitsearch.quantizers.rtn import quantize
@@ -105,11 +105,11 @@ def test_the_sum_is_what_scipy_reads_in_compressed_rows(name: str) -> None:
     found = quantize(weight, format)
     packed = found.pack()
     parts = [packed[key].numpy() for key in ("values", "columns", "starts")]
-    sparse = csr_array((parts[0].astype(np.float32), *parts[1:]), shape=(12, 90))
+    added = csr_array((parts[0].astype(np.float32), *parts[1:]), shape=(12, 90))
     dense = {key[6:]: value for key, value in packed.items() if key.startswith("dense.")}
     base = codec_of(format.base).unpack(dense, format.base, 90).dequantize()
-    assert torch.equal(base + torch.from_numpy(sparse.toarray()), found.dequantize())
-    assert sparse.nnz == format.outliers(12, 90)
+    assert torch.equal(base + torch.from_numpy(added.toarray()), found.dequantize())
+    assert added.nnz == format.outliers(12, 90)
 
 
 @pytest.mark.parametrize("name", ["int3-g32+sparse1%", "nf4-g16+sparse1%", "int2-g64-sym+sparse1%"])
@@ -217,3 +217,23 @@ def test_outliers_beyond_float16_are_refused() -> None:
     weight[1, 3] = 1e6
     with pytest.raises(BadInput, match=r"beyond float16.*--freeze"):
         quantize(weight, parse_format("mxfp8+sparse1%"))
+
+
+@pytest.mark.parametrize("columns", [[3, 2, 9], [3, 9, 64]])
+def test_damaged_rows_are_refused(columns: list[int]) -> None:
+    format = parse_format("int3-g16+sparse1%")
+    packed = quantize(normal(4, 64, 13), format).pack()
+    assert packed["values"].shape == (3,)
+    packed["starts"] = torch.tensor([0, 3, 3, 3, 3]).to(torch.int32)
+    packed["columns"] = torch.tensor(columns).to(torch.uint16)
+    with pytest.raises(ValueError, match="in no order"):
+        codec_of(format).unpack(packed, format, 64)
+
+
+def test_rows_looked_at_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, h = normal(40, 64, 14).pow(3), normal(1, 64, 15)[0].square()
+    for name in ("int3-g16+sparse2%", "lut2-row+sparse2%"):
+        whole = quantize(weight, parse_format(name), h)
+        monkeypatch.setattr(sparse, "_CHUNK", 7 * 64)
+        assert torch.equal(quantize(weight, parse_format(name), h).dequantize(), whole.dequantize())
+        monkeypatch.undo()
