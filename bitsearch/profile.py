@@ -32,6 +32,7 @@ from bitsearch.kernels.profile_file import (
 from bitsearch.kernels.profiler import time_launches
 from bitsearch.kernels.regime import Regime, launch_of
 from bitsearch.models.load import open_layout
+from bitsearch.objectives.cost.analytic import NUMBERS, estimated_cells
 from bitsearch.objectives.cost.assemble import assemble, check_context, longest_context
 from bitsearch.objectives.cost.latency import latency, regime_of
 from bitsearch.objectives.cost.rest import rest_cell, runnable
@@ -139,6 +140,74 @@ def make_profile(
     )
     atomic_write(out, profile_text(header, cells).encode())
     return describe(Profile(header=header, cells=cells), out)
+
+
+def estimate_profile(
+    model: str,
+    out: Path,
+    regimes: Sequence[Regime],
+    numbers: str,
+    *,
+    candidates: str | None,
+    revision: str | None,
+) -> dict[str, Any]:
+    """Write a table of a device that is not here, from a few of its numbers.
+
+    Args:
+        model: whose shapes it is for.
+        out: the file.
+        regimes: of the steps.
+        numbers: such as `launch_us=2,read_gbps=3000,gflops=800000`, or the path of a
+            measured profile, whose calibration is taken.
+        candidates: formats that the device is taken to run.
+        revision: hub revision.
+
+    Raises:
+        UsageError: the numbers cannot be read, or no candidates are named.
+        BadInput: the path is no profile.
+    """
+    if not candidates:
+        raise UsageError("--estimate needs --candidates: what a device runs is not a number")
+    device, found = "estimated", {}
+    if "=" not in numbers:
+        header = load_profile(Path(numbers)).header
+        device, found = f"{header.device} (estimated)", header.calibration
+    else:
+        found = _numbers_of(numbers)
+    layout, config, _ = open_layout(model, revision=revision)
+    for regime in regimes:
+        check_context(layout, config, regime)
+    cells = estimated_cells(found, layout, config, parse_formats(candidates), regimes)
+    header = Header(
+        tool=f"bitsearch {version('bitsearch')}",
+        date=time.strftime("%Y-%m-%d"),
+        device=device,
+        machine={"name": numbers},
+        kernels="roofline",
+        facts={"energy": "no energy"},
+        calibration=found,
+        protocol=Protocol(clock="none", rotation_bytes=1, rounds=1, seed=0),
+        sentinel=None,
+        model=model,
+        model_type=layout.model_type,
+        load=(0.0, 0.0),
+        seconds=0.0,
+        cells=len(cells),
+        estimated=True,
+    )
+    atomic_write(out, profile_text(header, cells).encode())
+    return describe(Profile(header=header, cells=cells), out)
+
+
+def _numbers_of(text: str) -> dict[str, float]:
+    """`launch_us=2,read_gbps=3000,gflops=800000` by name."""
+    try:
+        found = {k.strip(): float(v) for k, _, v in (p.partition("=") for p in text.split(","))}
+    except ValueError:
+        found = {}
+    if set(found) != set(NUMBERS) or not all(0 < value < 1e12 for value in found.values()):
+        raise UsageError(f"--estimate {text}: write launch_us=2,read_gbps=3000,gflops=800000")
+    return found
 
 
 def default_contexts(model: str, revision: str | None) -> list[int]:

@@ -39,6 +39,10 @@ def profile(
     candidates: Annotated[
         str | None, typer.Option(help="Formats to time.  [default: all that the device has]")
     ] = None,
+    estimate: Annotated[
+        str | None,
+        typer.Option(help="Time nothing; from launch_us=…,read_gbps=…,gflops=…, or a table."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Passes over all cells.")] = 3,
     seed: Seed = None,
     revision: Revision = None,
@@ -50,7 +54,12 @@ def profile(
         import psutil
 
         from bitsearch.kernels.regime import Regime
-        from bitsearch.profile import check_profile, default_contexts, make_profile
+        from bitsearch.profile import (
+            check_profile,
+            default_contexts,
+            estimate_profile,
+            make_profile,
+        )
 
         if check is not None:
             found = check_profile(check, shapes, revision=revision, seed=seed or 0, progress=stages)
@@ -70,18 +79,21 @@ def profile(
             ] + [Regime("prefill", 1, length) for length in _numbers("--prefill", prefill)]
             if not regimes:
                 raise UsageError("nothing to time: give --batch with --context, or --prefill")
-            found = make_profile(
-                model,
-                file,
-                regimes,
-                device=device,
-                threads=threads or psutil.cpu_count(logical=False) or 1,
-                candidates=candidates,
-                revision=revision,
-                rounds=rounds,
-                seed=seed or 0,
-                progress=stages,
-            )
+            asked = {"candidates": candidates, "revision": revision}
+            if estimate is not None:
+                found = estimate_profile(model, file, regimes, estimate, **asked)
+            else:
+                found = make_profile(
+                    model,
+                    file,
+                    regimes,
+                    **asked,
+                    device=device,
+                    threads=threads or psutil.cpu_count(logical=False) or 1,
+                    rounds=rounds,
+                    seed=seed or 0,
+                    progress=stages,
+                )
         stages.__exit__()
         if json_:
             typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
@@ -138,6 +150,9 @@ def _print_cells(found: dict[str, Any]) -> None:
             f"sentinel drifted by {100 * sentinel['drift']:.1f} % over {found['seconds']:.0f} s; "
             f"processes a core {found['load'][0]:.1f} before, {found['load'][1]:.1f} after"
         )
+    if found["estimated"]:
+        out.print("estimated from a few numbers, not measured: search with --estimated")
+        return
     out.print(f"not checked yet: bitsearch profile --check {escape(found['profile'])}")
 
 

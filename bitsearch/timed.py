@@ -71,6 +71,8 @@ class Timing:
         self.path, self.profile = path, load_profile(path)
         self.estimated = estimated
         if not estimated:
+            if self.profile.header.estimated:
+                raise BadInput(f"profile {path} is estimated; add --estimated to plan with it")
             check_machine(self.profile, self.device, path)
         regimes = dict.fromkeys(b.regime for b in budgets if b.regime is not None)
         self.times: dict[Regime, Latency] = {
@@ -281,10 +283,7 @@ def open_timing(
         path = session.run.path / OWN_PROFILE
         if not path.exists():
             _own_profile(session, space, regimes, path, progress)
-    timing = Timing(session, space, budgets, path, estimated)
-    if timing.profile.header.estimated and not estimated:
-        raise BadInput(f"profile {path} is estimated; add --estimated to plan with it")
-    return timing
+    return Timing(session, space, budgets, path, estimated)
 
 
 def _own_profile(

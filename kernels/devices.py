@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 GROUP = "bitsearch.devices"
 DEVICES = {
     "ggml": "bitsearch.kernels.ggml_device:open_device",
+    "onnxruntime": "bitsearch.kernels.onnxruntime_device:open_device",
     "torch-cpu": "bitsearch.kernels.torch_cpu:open_device",
 }
 AUTO = ("ggml", "torch-cpu")  # by preference

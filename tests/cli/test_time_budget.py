@@ -138,6 +138,27 @@ def test_another_machine_needs_estimated(
     assert entry["measured_ms"] is None and entry["predicted_ms"] <= float(budget.split("ms")[0])
 
 
+def test_an_estimated_table_plans_for_a_device_that_is_not_here(
+    cli: Cli, place: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "roofline.jsonl"
+    numbers = "launch_us=2,read_gbps=1,gflops=1000"
+    made = ("profile", "--shapes", place.model, "--batch", "1", "--context", "32", "--out", path)
+    shown = cli(*made, "--estimate", numbers, "--candidates", FORMATS)
+    assert "not measured" in shown.out, shown.err
+    budget = f"0.08ms@{REGIME}"
+    assert "is estimated; add --estimated" in cli(*search(place, path, budget)).complaint(4)
+    found = cli(*search(place, path, budget, more=("--estimated",))).json
+    assert found["latency"][0]["measured_ms"] is None
+    # two blocks of eight small launches and four large ones, and the head
+    assert found["latency"][0]["predicted_ms"] >= (16 + 8 + 1) * 2e-3
+    assert "needs --candidates" in cli(*made[:-1], tmp_path / "x", "--estimate", numbers).complaint(
+        2
+    )
+    wrong = (*made[:-1], tmp_path / "x", "--candidates", FORMATS, "--estimate", "speed=1")
+    assert "write launch_us=2" in cli(*wrong).complaint(2)
+
+
 def test_without_a_table_the_run_makes_its_own(cli: Cli, place: Any, clockwork: Clockwork) -> None:
     found = cli(*search(place, None, f"1ms@{REGIME}"))
     assert "above the achievable range" in found.complaint(3)

@@ -25,6 +25,7 @@ FORMATS = {
         *("gguf-q4_1", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0", "gguf-mxfp4", "bf16", "fp16"),
         *("int4-g32-sym", "int4-g64-sym", "int5-g32-sym", "int5-g128-sym", "int8-g32-sym"),
     ),
+    "onnxruntime": ("int2-g32", "int4-g64", "int4-g128-sym", "int8-g32", "int8-g64-sym", "bf16"),
     "torch-cpu": ("int4-g32", "int4-g64-sym", "int4-g128", "int8-row-sym", "bf16"),
 }
 CASES = [(device, name) for device, names in FORMATS.items() for name in names]
@@ -96,6 +97,8 @@ def test_the_contract_can_fail(clockwork: Clockwork) -> None:
         ("ggml", 576, "gguf-q4_k", "whole blocks of 256 weights, not 576"),
         ("ggml", 512, "int4-g128", "no kernel for int4-g128"),
         ("ggml", 512, "int3-g64-sym", "no kernel for int3-g64-sym"),
+        ("onnxruntime", 576, "int4-g128", "columns in whole groups"),
+        ("onnxruntime", 512, "int3-g64", "no kernel for int3-g64"),
         ("torch-cpu", 576, "int4-g128", "columns in whole groups"),
         ("torch-cpu", 512, "int3-g64", "no kernel for int3-g64"),
         ("torch-cpu", 512, "int8-g64", "no kernel for int8-g64"),
@@ -116,6 +119,25 @@ def test_without_the_wheel_ggml_says_what_to_install(monkeypatch: pytest.MonkeyP
         open_device("ggml", 1)
     assert open_device("auto", 1).name == "torch-cpu"
     ggml.library.cache_clear()
+
+
+def test_without_onnxruntime_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BadInput, match=r"pip install 'bitsearch\[onnxruntime\]'"):
+        open_device("onnxruntime", 1)
+
+
+def test_onnxruntime_keeps_every_copy_in_memory() -> None:
+    from bitsearch.kernels.onnxruntime_device import OnnxRuntime, stored_as
+    from bitsearch.kernels.random_weights import inputs, random_parts
+
+    launch = Launch(1, 256, ((64, "int4-g64"),))
+    format = parse_format("int4-g64")
+    stored = stored_as(format, random_parts(launch, 0)[0], 64)
+    session = OnnxRuntime(1).session(launch, format, stored, 3)
+    one, other, third = session.run(None, {"x": inputs(1, 256, 0)})
+    # it would hold equal weights once, and time what its cache holds
+    assert not (one == other).any() and not (other == third).any()
 
 
 def test_a_broken_library_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
