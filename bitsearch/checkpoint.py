@@ -28,7 +28,7 @@ from bitsearch.formats import Format
 from bitsearch.models.load import open_layout, quiet
 from bitsearch.models.packed import POLICY, entries, metadata, persistent_buffers
 from bitsearch.models.source import PACKED, with_weights
-from bitsearch.models.weights import write_weight
+from bitsearch.models.weights import all_finite, write_weight
 from bitsearch.models.writing import DeclaredFile, GatheredFile
 from bitsearch.policy import load_policy
 from bitsearch.restore import (
@@ -260,7 +260,7 @@ def _rounded(name: str, values: torch.Tensor, dtype: str) -> Tensor:
     import torch
 
     found = values.detach().to("cpu", getattr(torch, dtype)).contiguous()
-    if not found.isfinite().all():
+    if not all_finite(found):
         raise BadInput(
             f"{name} holds weights up to {float(values.abs().max()):.3g}, beyond {dtype}; "
             "use --dtype bfloat16"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitsearch.errors import BadInput
 from bitsearch.formats import Format
-from bitsearch.models.weights import Parameters, read_weight, write_weight
+from bitsearch.models.weights import Parameters, all_finite, read_weight, write_weight
 from bitsearch.quantizers.codec import Encoded
 from bitsearch.quantizers.external import read_back
 from bitsearch.quantizers.second_moment import SecondMoment
@@ -108,7 +108,7 @@ class CandidateWeights:
 
     def _rounded(self, matrix: Matrix, format: Format) -> tuple[Encoded, ...]:
         weight = self.reference(matrix)
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise BadInput(f"{matrix.name} holds NaN or infinite weights; repair the checkpoint")
         given: list[Any] = [self._importance.get(matrix.name)]
         if self._moments is not None:

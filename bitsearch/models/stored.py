@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bitsearch.errors import BadInput
 from bitsearch.models.reason import reason
 from bitsearch.models.source import Source, weight_files
+from bitsearch.models.weights import all_finite
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class StoredParameters:
                 read = stored.get_tensor(key).to(self.device, torch.float32, copy=True)
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{file} is damaged: {reason(error)}; fetch it again") from error
-        if not read.isfinite().all():
+        if not all_finite(read):
             raise BadInput(f"{file}: '{key}' holds NaN or infinite weights")
         found: Tensor = read
         return found

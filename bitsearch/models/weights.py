@@ -34,6 +34,13 @@ def read_weight(model: Parameters, matrix: Matrix) -> Tensor:
     return copy.reshape(-1, matrix.in_features)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether none is NaN or infinite; takes no memory, as `isfinite` does."""
+    import torch
+
+    return all(bool(end.isfinite()) for end in torch.aminmax(values)) if values.numel() else True
+
+
 def write_weight(model: Parameters, matrix: Matrix, value: Tensor) -> None:
     """Overwrite a matrix in place, so that tied parameters stay tied.
 

@@ -6,9 +6,13 @@ ICLR 2025. The rotation is diag(±1)·H / √n with random signs and H a Hadamar
 Sylvester's and Paley's constructions. The rotations that need an operation at run time
 (queries and keys, the input of the down projection) are not made.
 
-Weights become nearly Gaussian, without outlying columns. That helps formats with few
-scales; with small groups, or with rounding weighted by input statistics, which rotation
-makes equal, it may lose. A tied head is untied, which costs the bytes of an embedding.
+Weights become nearly Gaussian, without outlying columns, and inputs alike in size. Where a
+few residual channels are very large, as they are in many models, every column of a rotated
+matrix then sees them, and rounding to nearest loses, whatever the weights gained; error
+feedback takes them out again. On SmolLM2-135M in int3-g64, embedding and head at 16 bits,
+KL goes from 0.73 to 2.21 with `rtn`, and from 0.63 to 0.58 with `gptq` (3,072 calibration and
+3,072 held-out tokens): use it with a quantizer that feeds errors back. A tied head is
+untied, which costs the bytes of an embedding.
 """
 
 from __future__ import annotations

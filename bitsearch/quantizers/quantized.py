@@ -7,6 +7,7 @@ values that were measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitsearch.formats import Format
+
+_PIECE = 1 << 22  # codes packed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +80,32 @@ def unpack(packed: dict[str, Tensor], format: Format, in_features: int) -> Quant
 
 def pack_rows(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """(rows, n) codes below 2^bits -> (rows, ceil(n·bits/8)) bytes, low bit first."""
-    planes = np.unpackbits(values[:, :, None], axis=2, count=bits, bitorder="little")
-    return np.packbits(planes.reshape(len(values), -1), axis=1, bitorder="little")
+
+    def pack(some: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        planes = np.unpackbits(some[:, :, None], axis=2, count=bits, bitorder="little")
+        return np.packbits(planes.reshape(len(some), -1), axis=1, bitorder="little")
+
+    return _in_pieces(pack, values, values.shape[1])
 
 
 def unpack_rows(packed: NDArray[np.uint8], bits: int, columns: int) -> NDArray[np.uint8]:
     """The inverse of `pack_rows`: (rows, columns) codes."""
-    flat = np.unpackbits(packed, axis=1, count=columns * bits, bitorder="little")
-    planes = flat.reshape(len(packed), columns, bits)
-    return np.packbits(planes, axis=2, bitorder="little")[:, :, 0]
+
+    def unpack(some: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        flat = np.unpackbits(some, axis=1, count=columns * bits, bitorder="little")
+        planes = flat.reshape(len(some), columns, bits)
+        return np.packbits(planes, axis=2, bitorder="little")[:, :, 0]
+
+    return _in_pieces(unpack, packed, columns)
+
+
+def _in_pieces(
+    work: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+    rows: NDArray[np.uint8],
+    columns: int,
+) -> NDArray[np.uint8]:
+    """Some rows at a time: a bit takes a byte on the way."""
+    step = max(1, _PIECE // max(1, columns))
+    if len(rows) <= step:
+        return work(rows)
+    return np.concatenate([work(rows[at : at + step]) for at in range(0, len(rows), step)])
