@@ -156,7 +156,7 @@ def test_bad_files_are_told(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_unknown_targets_are_told() -> None:
-    with pytest.raises(UsageError, match=r"unknown target 'vlm'; known: llama.cpp, "):
+    with pytest.raises(UsageError, match=r"unknown target 'vlm'; known: .*portable"):
         load_target("vlm")
     with pytest.raises(BadInput, match="cannot be read"):
         load_target("nowhere.toml")

@@ -27,14 +27,8 @@ from bitsearch.models.load import open_layout
 from bitsearch.policy import save_policy
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parents[1] / "docs" / "targets" / "results.md"
-_HEAD = """# What other tools did with exports
-
-Written by `make test-targets`; a row is replaced when its test runs again.
-
-| target | tool | check | result |
-|---|---|---|---|
-"""
+RESULTS = HERE.parents[1] / "docs" / "targets" / "README.md"
+_HEAD = "| target | tool | check | result |\n|---|---|---|---|\n"  # the rest of the page is rows
 _MINUTES = 30
 
 
@@ -138,16 +132,14 @@ def record() -> Iterator[Callable[[str, str, str, str], None]]:
             if (key[0], key[2], key[1].partition(" ")[0]) not in fresh
         } | rows
         lines = (f"| {' | '.join([*key, kept[key]])} |\n" for key in sorted(kept))
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(_HEAD + "".join(lines), encoding="utf-8")
+        page = RESULTS.read_text(encoding="utf-8").partition(_HEAD)[0]
+        RESULTS.write_text(page + _HEAD + "".join(lines), encoding="utf-8")
     Path(f"{RESULTS}.lock").unlink(missing_ok=True)
 
 
 def _rows() -> Iterator[tuple[tuple[str, str, str], str]]:
     """The rows that are in the table already."""
-    if not RESULTS.is_file():
-        return
-    for line in RESULTS.read_text(encoding="utf-8").removeprefix(_HEAD).splitlines():
+    for line in RESULTS.read_text(encoding="utf-8").partition(_HEAD)[2].splitlines():
         target, tool, check, result = (cell.strip() for cell in line.strip("|").split("|"))
         yield (target, tool, check), result
 

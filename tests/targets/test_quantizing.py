@@ -1,0 +1,92 @@
+"""Tools quantize the shipped model by what we wrote; what they save, we read as the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitsearch.exporters.pipeline import export_policy, import_policy
+from bitsearch.models.builtin import builtin_folder
+from bitsearch.policy import load_policy
+
+Make = Callable[[Mapping[str, str]], Path]
+INTEGERS = {
+    **{f"0.self_attn.{m}_proj": "int4-g32-sym" for m in "qkv"},
+    **{f"1.self_attn.{m}_proj": "int8-g64-sym" for m in "qkv"},
+    **{f"2.mlp.{m}_proj": "int4-g128-sym" for m in ("gate", "up")},
+    "0.mlp.down_proj": "int4-g64-sym",
+    "1.mlp.down_proj": "int4-g64-sym",
+    "2.mlp.down_proj": "int2-g32-sym",
+    "5.self_attn.o_proj": "int3-g64-sym",
+}
+FLOATS = {
+    **{f"0.self_attn.{m}_proj": "nvfp4" for m in "qkv"},
+    "1.mlp.down_proj": "nvfp4",
+    "2.mlp.down_proj": "int8-row-sym",
+    "5.self_attn.o_proj": "int8-row-sym",
+}
+# (target, environment, package, file that the tool is given, policy)
+TOOLS = [
+    ("gptqmodel", "export", "gptqmodel", "quantize_config.json", INTEGERS),
+    ("autoround", "export", "auto-round", "layer_config.json", INTEGERS),
+    ("torchao", "export", "torchao", "quantization_config.json", INTEGERS),
+    ("modelopt", "export", "nvidia-modelopt", "recipe.yaml", FLOATS),
+    ("compressed-tensors", "llm-compressor", "llmcompressor", "recipe.yaml", INTEGERS),
+]
+
+
+def written(policy: Path, target: str, out: Path, *allowed: str) -> Path:
+    export_policy(
+        policy, target, out, model=None, allowed=allowed, statistics=None, device="cpu",
+        force=False, progress=lambda *_: None,
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize(
+    ("target", "place", "package", "file", "formats"), TOOLS, ids=[row[0] for row in TOOLS]
+)
+def test_what_a_tool_saves_is_the_policy(
+    environment: Any, record: Any, make_policy: Make, tmp_path: Path, target: str, place: str,
+    package: str, file: str, formats: dict[str, str],
+) -> None:  # fmt: skip
+    tools, path = environment(place), make_policy(formats)
+    config = written(path, target, tmp_path / "out") / file
+    script = "llmcompressor" if place == "llm-compressor" else target
+    saved = tmp_path / "saved"
+    tools.run("export_quantize.py", script, builtin_folder("tiny"), config, saved,
+              GPTQMODEL_CPU_WORKERS="2")  # fmt: skip
+    import_policy(saved, target, "tiny", tmp_path / "again.json", force=False)
+    assert load_policy(tmp_path / "again.json").modules == load_policy(path).modules
+    record(target, tools.version(package), "quantizes by our configuration, saved and imported",
+           "the same policy")  # fmt: skip
+
+
+def test_bitsandbytes(environment: Any, record: Any, make_policy: Make, tmp_path: Path) -> None:
+    tools = environment("export")
+    modules = [f"{b}.{m}" for b in range(6) for m in ("mlp.down_proj", "self_attn.o_proj")]
+    quantized = {f"model.layers.{name}" for name in modules[3:]}
+    path = make_policy(dict.fromkeys(modules[3:], "nf4-g64"))
+    out = written(path, "bitsandbytes", tmp_path / "out", "SCALE_FORMAT_CHANGED")
+    found = tools.run("export_quantize.py", "bitsandbytes", builtin_folder("tiny"),
+                      out / "quantization_config.json", "-")  # fmt: skip
+    assert {name for name, kind in found.items() if kind == "Linear4bit"} == quantized
+    record("bitsandbytes", tools.version("bitsandbytes"), "each module is looked up",
+           "as in the policy")  # fmt: skip
+
+
+def test_hqq(environment: Any, record: Any, make_policy: Make, tmp_path: Path) -> None:
+    tools = environment("export")
+    formats = {f"{b}.mlp.down_proj": "int4-g64-fz" for b in range(6)}
+    formats |= {f"{b}.self_attn.o_proj": "int3-g32-fz" for b in range(6)}
+    path = make_policy(formats)
+    out = written(path, "hqq", tmp_path / "out")
+    found = tools.run("export_quantize.py", "hqq", builtin_folder("tiny"),
+                      out / "hqq_config.json", "-")  # fmt: skip
+    assert found == {
+        f"model.layers.{name}": [int(text[3]), int(text[5:7])] for name, text in formats.items()
+    }
+    record("hqq", tools.version("hqq"), "each module is looked up", "as in the policy")
