@@ -9,8 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bitsearch.errors import BadInput
+from bitsearch.models.preparation import load_preparation
 from bitsearch.policy import load_policy
-from bitsearch.run import STATISTICS, Journal, read_json
+from bitsearch.run import PREPARATION, STATISTICS, Journal, read_json
 from bitsearch.settings import stored_settings
 from bitsearch.tables import read_table
 
@@ -58,6 +59,8 @@ def _check_run(path: Path) -> dict[str, Any]:
     statistics = path / STATISTICS
     if statistics.exists():
         _check_statistics(statistics)
+    if (path / PREPARATION).exists():
+        load_preparation(path / PREPARATION)
     journals = sorted([*path.glob("*.journal"), *(path / "tables").glob("*.journal")])
     records = sum(len(Journal(journal).records) for journal in journals)
     policies = sorted([*path.glob("policy.json"), *(path / "policies").glob("*.json")])

@@ -73,7 +73,9 @@ def test_the_preparation_must_be_the_same(cli: Any, place: Any, tmp_path: Path) 
     assert "preparation 'preparation.safetensors'" in line and "--statistics" in line
     statistics = place.run / "statistics.safetensors"
     assert cli(*told[:3], away, *told[4:], "--statistics", statistics).code == 0
+    assert cli("check", place.run, "--json").json["kind"] == "run"
     (place.run / "preparation.safetensors").write_bytes(statistics.read_bytes())
+    assert "preparation.safetensors has schema None" in cli("check", place.run).complaint(4)
     assert "is not the preparation" in cli(*told).complaint(4)
 
 
