@@ -3,7 +3,9 @@
 For every recipe and budget the recipe's estimator scores, its solver chooses,
 and that choice alone is measured on held-out text: no contender stands in for
 it, as in `bitsearch search`. Each is run with its own candidates where they
-reach the budget, and with the same candidates for all, unless `--own` is given.
+reach the budget (`own`), and with the same candidates for all (`common`); and, if
+asked, its own candidates, quantizer and preparation are run with the estimator and
+the solver of `default` (`formats`), which compares formats alone.
 Budgets in bits count the parameters of the model as it is: a head that a recipe
 unties is in the bytes, not in the parameters. Stopped and started again, it goes
 on; the seconds of the parts add up.
@@ -46,7 +48,6 @@ BASELINES = {
     "default-gptq": _OURS | {"damage": "fisher_output", "quantizer": "gptq"},
 }
 CONTROL = "filled-g64"
-WHOSE = ("common", "own")
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSON file, also to go on from")
     parser.add_argument("--budgets", default="4.5bpw,3.5bpw")
     parser.add_argument("--recipes", default=",".join(recipe_names()))
-    parser.add_argument("--own", action="store_true", help="each recipe's own candidates alone")
+    parser.add_argument("--whose", default="common,own", help="of common, own and formats")
     parser.add_argument("--against", default="bitsearch", choices=BASELINES)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--windows", default="8,4,32")
@@ -74,7 +75,7 @@ def main() -> None:
     rows = content.setdefault("rows", [])
     done = {(row["recipe"], row["candidates_of"], row["budget"]) for row in rows}
     for name in [options.against, *options.recipes.split(",")]:
-        for whose in ("common",) if name in BASELINES else ("own",) if options.own else WHOSE:
+        for whose in ("common",) if name in BASELINES else options.whose.split(","):
             missing = [b for b in options.budgets.split(",") if (name, whose, b) not in done]
             for row in _rows(name, whose, missing, options) if missing else ():
                 rows.append(row)
@@ -90,6 +91,8 @@ def _rows(
     """One recipe with one set of candidates at each budget."""
     parts: dict[str, Any] = BASELINES.get(name) or load_recipe(name).model_dump()
     candidates = COMMON if whose == "common" else parts["candidates"]
+    if whose == "formats":
+        parts |= {part: BASELINES["default"][part] for part in ("damage", "solver", "fuse")}
     given = {
         "candidates": candidates,
         "fuse": parts["fuse"],
@@ -163,11 +166,16 @@ def _control(session: Session, text: str) -> dict[str, Any]:
 
 
 def _measured(session: Session, choice: Any) -> dict[str, Any]:
-    """A policy's bytes and quality on held-out text."""
+    """A policy's bytes, what share of the parameters is in which format, and its quality."""
     quality = Judge(session, "evaluation").quality(choice)
     size = session.space.total_bytes(choice)
+    parts: dict[str, float] = {}
+    for unit, format in session.space.assignment(choice):
+        share = unit.parameters / session.space.layout.parameters
+        parts[format.name] = parts.get(format.name, 0.0) + share
     return {
         "bytes": size,
+        "shares": {name: round(share, 4) for name, share in sorted(parts.items())},
         "bpw": 8 * size / _as_it_is(session).layout.parameters,
         "kl": quality.mean_kl,
         "kl_ci": interval(quality.kl),
