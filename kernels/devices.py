@@ -35,6 +35,7 @@ DEVICES = {
     "ggml": "bitsearch.kernels.ggml_device:open_device",
     "onnxruntime": "bitsearch.kernels.onnxruntime_device:open_device",
     "torch-cpu": "bitsearch.kernels.torch_cpu:open_device",
+    "cuda": "bitsearch.kernels.cuda_device:open_device",
 }
 AUTO = ("ggml", "torch-cpu")  # by preference
 

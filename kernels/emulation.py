@@ -17,11 +17,24 @@ import torch
 from torch import Tensor
 
 from bitsearch.kernels import entries
+from bitsearch.kernels.batch_partition import batch_partition
 from bitsearch.kernels.fused import Fused
 from bitsearch.kernels.nvrtc import SOURCES
 from bitsearch.kernels.partition import Tuning, partition
+from bitsearch.kernels.random_planes import Part
 
 TUNING = Tuning(warps=4, stages=3)  # as in cases.h
+# One kind of each width, as a program built with FEW_KINDS has them.
+FEW: list[Part] = [
+    (37, 1, 128, True),
+    (16, 2, 64, True),
+    (20, 3, 32, False),
+    (33, 4, None, True),
+    (5, 5, 128, True),
+    (18, 6, 64, False),
+    (40, 7, 32, True),
+    (16, 8, None, True),
+]
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,12 @@ class Emulator:
     folder: Path
 
     def __call__(self, cases: Sequence[Case], timeout: float = 300) -> list[Tensor]:
-        """The output of each case."""
+        """The output of each case.
+
+        Raises:
+            RuntimeError: the program failed; the message is what it wrote.
+            TimeoutError: it did not end, as after a barrier that not all reach.
+        """
         given, got = self.folder / "cases", self.folder / "outputs"
         with given.open("wb") as file:
             file.write(struct.pack("<q", len(cases)))
@@ -55,9 +73,12 @@ class Emulator:
                 for array in case.arrays:
                     raw = array.contiguous().view(torch.uint8).numpy().tobytes()
                     file.write(struct.pack("<q", len(raw)) + raw)
-        result = subprocess.run(
-            [self.program, given, got], capture_output=True, text=True, timeout=timeout
-        )
+        try:
+            result = subprocess.run(
+                [self.program, given, got], capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"no end after {timeout} s") from error
         if result.returncode:
             raise RuntimeError(f"exit {result.returncode}\n{result.stderr[-3000:]}")
         raw, start, outputs = got.read_bytes(), 0, []
@@ -117,6 +138,55 @@ def stream_case(
         torch.full((m, weight.rows), torch.nan, dtype=x.dtype),
     ]
     return Case(f"stream {_short(x.dtype)} {1 if m <= 8 else 2}", numbers, arrays)
+
+
+def batch_case(
+    weight: Fused,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    processors: int = 3,
+) -> Case:
+    """The batch kernel on a whole matrix, its output and memory poisoned.
+
+    Args:
+        weight: the matrix.
+        x: (m, columns), 16-bit, or bytes of `tokens.cuh`.
+        bias: (rows,) or None.
+        scales: (m,) of bytes.
+        dtype: of the output, if x is bytes.
+        processors: of the device that the launch is made for.
+    """
+    m, columns = x.shape
+    dtype = dtype or x.dtype
+    plan = batch_partition(weight.shapes, m, processors)
+    numbers = [m, columns, x.stride(0), weight.rows, weight.shapes[0].tiles, plan.splits]
+    numbers += [plan.slot_bytes, plan.row_tiles, plan.shared_bytes]
+    arrays = [
+        torch.arange(plan.grid),
+        x,
+        weight.data,
+        _table(weight),
+        torch.from_numpy(plan.plan),
+        torch.empty(0, dtype=dtype) if bias is None else bias,
+        torch.full((plan.grid * plan.values if plan.splits > 1 else 0,), torch.nan),
+        torch.zeros(plan.row_tiles * plan.column_tiles, dtype=torch.int32),
+        torch.empty(0) if scales is None else scales,
+        torch.full((m, weight.rows), torch.nan, dtype=dtype),
+    ]
+    kernel = "batch" if scales is None else "bytes"
+    return Case(f"{kernel} {_short(dtype)} {plan.cols}", numbers, arrays)
+
+
+def token_case(x: Tensor) -> Case:
+    """Rows of x to bytes; the output is the bytes, in columns rounded up to sixteen."""
+    m, columns = x.shape
+    stride = -(-columns // 16) * 16
+    out = torch.full((m, stride), 77, dtype=torch.int8)
+    arrays = [torch.arange(m), x, torch.full((m,), torch.nan), out]
+    return Case(f"tokens {_short(x.dtype)}", [columns, x.stride(0), stride], arrays)
 
 
 def dequantize_case(weight: Fused, dtype: torch.dtype) -> Case:

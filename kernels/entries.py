@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from bitsearch.kernels.batch_partition import STAGES
 from bitsearch.kernels.fused import MAX_SEGMENTS, starts_of
 from bitsearch.kernels.partition import Tuning
 from bitsearch.kernels.planes import Shape
@@ -36,6 +37,27 @@ class StreamArgs(ctypes.Structure):
         *((name, _INT) for name in ("m", "columns", "x_stride", "out_stride")),
         *((name, _INT) for name in ("tiles", "splits", "slot_bytes", "capacity")),
         ("segments", Segment * MAX_SEGMENTS),
+    )
+
+
+class BatchArgs(ctypes.Structure):
+    """See batch.cuh."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "x_scales", "data", "plan")),
+        *((name, _POINTER) for name in ("bias", "out", "partial", "arrived")),
+        *((name, _INT) for name in ("m", "columns", "x_stride", "out_stride")),
+        *((name, _INT) for name in ("tiles", "splits", "slot_bytes", "row_tiles")),
+        ("segments", Segment * MAX_SEGMENTS),
+    )
+
+
+class TokenArgs(ctypes.Structure):
+    """See tokens.cuh."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "out", "scales")),
+        *((name, _INT) for name in ("columns", "x_stride", "out_stride")),
     )
 
 
@@ -77,6 +99,22 @@ def stream(dtype: torch.dtype, m: int, kinds: Sequence[Kind], tuning: Tuning) ->
     parameters = f"{TYPES[dtype]}, {1 if m <= 8 else 2}, {tuning.warps}, {tuning.stages}"
     bounds = f"{32 * tuning.warps}, {tuning.resident}"
     return _entry("stream", f"Stream<{parameters}, {_list(kinds)}>", "StreamArgs", bounds)
+
+
+def tokens(dtype: torch.dtype) -> str:
+    """Rows of x to bytes."""
+    return (
+        '#include "tokens.cuh"\nextern "C" __global__ void __launch_bounds__(256)\n'
+        "entry(const __grid_constant__ TokenArgs args) "
+        f"{{ quantize_token<{TYPES[dtype]}>(args); }}\n"
+    )
+
+
+def batch(dtype: torch.dtype, cols: int, kinds: Sequence[Kind], integers: bool = False) -> str:
+    """The batch kernel for tiles of 8·cols rows of x, in 16 bits or in signed bytes."""
+    element = f"Bytes<{TYPES[dtype]}>" if integers else TYPES[dtype]
+    worker = f"Batch<{element}, {cols}, {STAGES}, {_list(kinds)}>"
+    return _entry("batch", worker, "BatchArgs", "256, 1")
 
 
 def dequantize(dtype: torch.dtype, kinds: Sequence[Kind]) -> str:

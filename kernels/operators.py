@@ -1,48 +1,60 @@
 """Products with fused integer matrices, as operators of torch.
 
 `plane_matmul` is x·Wᵀ + bias: on a CUDA device the kernel for that many rows, on any other the
-reference. `plane_dequantize` is W in 16 bits. Both run under torch.compile and in CUDA graphs.
+reference. `plane_matmul_int8` first rounds each row of x to signed bytes, and multiplies integers.
+`plane_dequantize` is W in 16 bits. All run under torch.compile and in CUDA graphs.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from bitsearch.errors import BadInput
-from bitsearch.kernels import entries
-from bitsearch.kernels.driver import load
+from bitsearch.kernels import entries, launches
 from bitsearch.kernels.fused import Fused
-from bitsearch.kernels.partition import Partition, Tuning, partition
 from bitsearch.kernels.planes import Shape
 
 STREAM_ROWS = 16  # most rows of x that the streaming kernel takes
-TUNING = Tuning()
+# Measured on an H100: with more rows of x, or fewer of W, the library's product is faster.
+BATCH_ROWS, BATCH_OUTPUTS = 64, 16384
 
 
-def matmul(x: Tensor, weight: Fused, bias: Tensor | None = None) -> Tensor:
+def matmul(
+    x: Tensor,
+    weight: Fused,
+    bias: Tensor | None = None,
+    *,
+    integers: bool = False,
+    overlap: bool = False,
+) -> Tensor:
     """x·Wᵀ (+ bias), of the type of x.
 
     Args:
         x: (…, columns) float16 or bfloat16 on a CUDA device; any float type elsewhere.
         weight: the fused matrix, on the device of x.
         bias: (rows,) of the type of x, or None.
+        overlap: the kernel may read the weight before the kernel before it has ended, which
+            hides the start of a launch; the weight must have been finished and waited for.
+        integers: round each row of x to 255 levels, symmetric about zero, first.
 
     Raises:
         BadInput: shapes, types or devices do not match.
     """
     if x.shape[-1] != weight.columns:
         raise BadInput(f"inputs have {x.shape[-1]} features, the weight {weight.columns}")
+    if x.device != weight.data.device:
+        raise BadInput(f"inputs are on {x.device}, the weight on {weight.data.device}")
     if x.is_cuda and x.dtype not in entries.TYPES:
         raise BadInput(f"kernels take float16 and bfloat16, not {x.dtype}")
+    operator = (
+        torch.ops.bitsearch.plane_matmul_int8 if integers else torch.ops.bitsearch.plane_matmul
+    )
     flat = x.reshape(-1, weight.columns)
-    out = torch.ops.bitsearch.plane_matmul(flat, weight.data, shape_list(weight.shapes), bias)
-    return out.view(*x.shape[:-1], weight.rows)  # type: ignore[no-any-return]
+    out: Tensor = operator(flat, weight.data, shape_list(weight.shapes), bias, overlap)
+    return out.view(*x.shape[:-1], weight.rows)
 
 
 def dequantize(weight: Fused, dtype: torch.dtype) -> Tensor:
@@ -62,44 +74,84 @@ def shape_list(shapes: Sequence[Shape]) -> list[int]:
     ]
 
 
-def _shapes(values: Sequence[int]) -> tuple[Shape, ...]:
-    return tuple(
+def _fused(data: Tensor, values: Sequence[int]) -> Fused:
+    shapes = tuple(
         Shape(bits, group, bool(symmetric), rows, columns)
         for bits, group, symmetric, rows, columns in zip(*[iter(values)] * 5, strict=True)
     )
+    return Fused(shapes, data)
+
+
+def kernel_of(m: int, rows: int) -> str:
+    """The kernel for m rows of x and so many of W: `stream`, `batch` or `dequantize`."""
+    if m <= STREAM_ROWS:
+        return "stream"
+    return "batch" if m <= BATCH_ROWS and rows >= BATCH_OUTPUTS else "dequantize"
 
 
 @torch.library.custom_op("bitsearch::plane_matmul", mutates_args=())
-def plane_matmul(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None) -> Tensor:
+def plane_matmul(
+    x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overlap: bool
+) -> Tensor:
     """The reference: float32 products with the dequantized weights."""
-    weight = Fused(_shapes(shapes), data).dequantize()
-    out = x.float() @ weight.T
+    out = x.float() @ _fused(data, shapes).dequantize().T
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 @plane_matmul.register_fake
-def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None) -> Tensor:
+def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overlap: bool) -> Tensor:
     return x.new_empty(x.shape[0], sum(shapes[3::5]))
 
 
 @plane_matmul.register_kernel("cuda")
-def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    if x.data_ptr() % 16 or not x.shape[0]:
-        x = x.clone()
-    if x.shape[0] > STREAM_ROWS:
-        weight = _dequantize_cuda(data, _shapes(shapes), x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
-    out = x.new_empty(x.shape[0], sum(shapes[3::5]))
+def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overlap: bool) -> Tensor:
+    weight = _fused(data, shapes)
+    m, columns = x.shape
+    if kernel_of(m, weight.rows) == "dequantize":
+        return torch.nn.functional.linear(x, launches.dequantize(weight, x.dtype), bias)
+    if m > STREAM_ROWS and columns % 8:
+        x = torch.nn.functional.pad(x, (0, 8 - columns % 8))
+    if x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    out = x.new_empty(m, weight.rows)
+    if m > STREAM_ROWS:
+        launches.batch(x, weight, bias, out, overlap=overlap)
+    elif m:
+        launches.stream(x, weight, bias, out, launches.tuning_of(weight.shapes, m), overlap)
+    return out
+
+
+@torch.library.custom_op("bitsearch::plane_matmul_int8", mutates_args=())
+def plane_matmul_int8(
+    x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overlap: bool
+) -> Tensor:
+    """The reference: rows of x rounded to scale · (−127 … 127), products in float32."""
+    rows = x.float()
+    scales = rows.abs().amax(1, keepdim=True) / 127
+    codes = torch.where(scales > 0, torch.round(rows * (1 / scales)), 0)
+    out = codes @ _fused(data, shapes).dequantize().T * scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+@plane_matmul_int8.register_fake
+def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overlap: bool) -> Tensor:
+    return x.new_empty(x.shape[0], sum(shapes[3::5]))
+
+
+@plane_matmul_int8.register_kernel("cuda")
+def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overlap: bool) -> Tensor:
+    weight = _fused(data, shapes)
+    out = x.new_empty(x.shape[0], weight.rows)
     if x.shape[0]:
-        stream(x, Fused(_shapes(shapes), data), bias, out, TUNING)
+        rounded, scales = launches.tokens(x if x.stride(-1) == 1 else x.contiguous())
+        launches.batch(rounded, weight, bias, out, scales, overlap)
     return out
 
 
 @torch.library.custom_op("bitsearch::plane_dequantize", mutates_args=())
 def plane_dequantize(data: Tensor, shapes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The reference: float32, rounded once."""
-    return Fused(_shapes(shapes), data).dequantize().to(dtype)
+    return _fused(data, shapes).dequantize().to(dtype)
 
 
 @plane_dequantize.register_fake
@@ -109,109 +161,4 @@ def _(data: Tensor, shapes: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @plane_dequantize.register_kernel("cuda")
 def _(data: Tensor, shapes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return _dequantize_cuda(data, _shapes(shapes), dtype)
-
-
-def _dequantize_cuda(data: Tensor, shapes: tuple[Shape, ...], dtype: torch.dtype) -> Tensor:
-    columns, blocks = shapes[0].columns, sum(shape.blocks for shape in shapes)
-    out = data.new_empty(sum(shape.rows for shape in shapes), columns, dtype=dtype)
-    kernel = load(entries.dequantize(dtype, entries.kinds(shapes)), data.device.index)
-    tiles = shapes[0].tiles
-    args = entries.DequantizeArgs(
-        data.data_ptr(),
-        out.data_ptr(),
-        columns,
-        tiles,
-        blocks,
-        len(shapes),
-        entries.segments(shapes),
-    )
-    grid = min(-(-blocks * tiles // 8), 8 * _processors(data.device.index))
-    with torch.cuda.device(data.device):
-        kernel.launch(grid, 256, 0, args)
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """A partition whose tables are on a device.
-
-    Attributes:
-        partition: how work is dealt out.
-        plan: on the device.
-        segments: on the host.
-        arrived: counters, all zero between launches; of one stream.
-    """
-
-    partition: Partition
-    plan: Tensor
-    segments: ctypes.Array[entries.Segment]
-    arrived: Tensor
-
-
-def stream(
-    x: Tensor,
-    weight: Fused,
-    bias: Tensor | None,
-    out: Tensor,
-    tuning: Tuning,
-    overlap: bool = False,
-) -> None:
-    """The streaming kernel: x·Wᵀ + bias into `out`, for up to 16 rows of x.
-
-    Args:
-        x: (m, columns) float16 or bfloat16, 16-byte aligned.
-        weight: the fused matrix.
-        bias: (rows,) or None.
-        out: (m, rows).
-        tuning: how the kernel is built.
-        overlap: start before the kernel before has ended; it must not write the weight.
-    """
-    m, device = x.shape[0], x.device.index
-    with torch.cuda.device(device):
-        number = torch.cuda.current_stream().cuda_stream
-        launch = _plan(weight.shapes, m, device, number, tuning)
-        plan = launch.partition
-        kernel = load(entries.stream(x.dtype, m, entries.kinds(weight.shapes), tuning), device)
-        kernel.allow_shared(plan.shared_bytes)
-        blocks = sum(shape.blocks for shape in weight.shapes)
-        partial = x.new_empty(
-            blocks * plan.splits * 16 * m if plan.splits > 1 else 0, dtype=torch.float32
-        )
-        args = entries.StreamArgs(
-            x.data_ptr(),
-            weight.data.data_ptr(),
-            launch.plan.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            partial.data_ptr() or None,
-            launch.arrived.data_ptr(),
-            m,
-            weight.columns,
-            x.stride(0),
-            out.stride(0),
-            weight.shapes[0].tiles,
-            plan.splits,
-            plan.slot_bytes,
-            plan.capacity,
-            launch.segments,
-        )
-        grid = len(plan.plan)
-        kernel.launch(grid, 32 * tuning.warps, plan.shared_bytes, args, overlap=overlap)
-
-
-@cache
-def _plan(shapes: tuple[Shape, ...], m: int, device: int, stream: int, tuning: Tuning) -> _Launch:
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    found = partition(shapes, m, _processors(device), limit, tuning)
-    place = torch.device("cuda", device)
-    return _Launch(
-        found,
-        torch.from_numpy(found.plan).to(place),
-        entries.segments(shapes),
-        torch.zeros(sum(shape.blocks for shape in shapes), dtype=torch.int32, device=place),
-    )
-
-
-def _processors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return launches.dequantize(_fused(data, shapes), dtype)

@@ -74,7 +74,7 @@ def partition(
     blocks = sum(shape.blocks for shape in shapes)
     # A ring must have room for two pieces of sums.
     pieces = 2 * _PIECE_BYTES * _columns(m)
-    slot = max(-(-pieces // tuning.stages // 16) * 16, *(_slot_bytes(shape) for shape in shapes))
+    slot = max(-(-pieces // tuning.stages // 16) * 16, *(lane_bytes(shape) for shape in shapes))
     limit = shared_limit // tuning.resident - 1024
     mean = sum(shape.nbytes for shape in shapes) / (blocks * tiles)
     best: tuple[float, int] | None = None
@@ -119,8 +119,8 @@ def partition(
     )
 
 
-def _slot_bytes(shape: Shape) -> int:
-    """A tile's planes, and each lane's copies of its scales and zero points."""
+def lane_bytes(shape: Shape) -> int:
+    """Shared memory of a tile: planes, and each lane's copies of its scales and zero points."""
     zeros = 0 if shape.symmetric else 32 * (8 if shape.groups == 4 else 4)
     return ROWS * COLUMNS * shape.bits // 8 + 128 * shape.groups + zeros
 

@@ -24,14 +24,18 @@ import torch
 from bitsearch.kernels.nvrtc import source_hash
 
 STEPS = {
+    "compile": "speed",
     "calibration": "correct",
     "correctness": "correct",
     "conformance": "correct",
     "sanitizer": "correct",
     "tuning": "speed",
     "grid": "speed",
-    "segments": "speed",
+    "segments": "stack",
     "stack": "stack",
+    "profile_gemma": "tables",
+    "profile_llama": "tables",
+    "search": "tables",
     "peers": "peers",
 }
 _QUERY = (

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import random
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from weights import copies, random_fused, random_input
 
+from bitsearch.kernels import entries, launches
 from bitsearch.kernels.fused import Fused
-from bitsearch.kernels.operators import stream
+from bitsearch.kernels.nvrtc import compile_kernel
+from bitsearch.kernels.operators import matmul
 from bitsearch.kernels.partition import Tuning
 from bitsearch.kernels.random_planes import Part
 from bitsearch.kernels.replay import Replay
@@ -31,11 +37,12 @@ def loop(weights: list[Fused], m: int, dtype: torch.dtype, tuning: Tuning, overl
     x = random_input(m, weights[0].columns, dtype)
     outs = [torch.empty(m, weights[0].rows, dtype=dtype, device="cuda") for _ in range(2)]
     turns = max(1, 24 // len(weights))
-    launches: list[Callable[[], object]] = [
-        partial(stream, x, weight, None, outs[i % 2], tuning, overlap)
-        for i, weight in enumerate(weights * turns)
-    ]
-    return Replay(launches)
+    return Replay(
+        [
+            partial(launches.stream, x, weight, None, outs[i % 2], tuning, overlap)
+            for i, weight in enumerate(weights * turns)
+        ]
+    )
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -58,46 +65,154 @@ def rotated(weight: Fused) -> list[Fused]:
 TUNINGS = [
     Tuning(*values)
     for values in (
-        (8, 4, 1), (8, 8, 1), (8, 4, 2), (8, 6, 2), (8, 3, 3), (16, 3, 1), (16, 4, 1),
-        (16, 6, 1), (4, 8, 2), (4, 6, 3), (4, 4, 4), (4, 8, 4),
+        (16, 4, 1), (16, 3, 1), (16, 6, 1), (8, 4, 2), (8, 6, 2), (8, 8, 1), (12, 4, 1), (24, 3, 1),
     )
 ]  # fmt: skip
+TUNED_WIDTHS = (4, 2, 3, 8)
+
+
+def wanted() -> list[str]:
+    """Entry points of `tuning` and `correctness`, to be compiled ahead."""
+    found = []
+    for bits, m, how in itertools.product(TUNED_WIDTHS, (1, 16), TUNINGS):
+        found.append(entries.stream(torch.bfloat16, m, ((bits, 1, False),), how))
+    every = itertools.product(entries.TYPES, range(1, 9), (0, 1, 2, 4), (False, True))
+    for dtype, bits, groups, zeros in every:
+        kinds = ((bits, groups, zeros),)
+        found += [entries.stream(dtype, m, kinds, Tuning()) for m in (1, 16)]
+        found.append(entries.dequantize(dtype, kinds))
+    for bits, (groups, zeros) in itertools.product(range(1, 9), BATCHED):
+        kinds = ((bits, groups, zeros),)
+        found += [entries.batch(torch.bfloat16, cols, kinds) for cols in (4, 8)]
+        found.append(entries.batch(torch.float16, 8, kinds))
+        found.append(entries.batch(torch.bfloat16, 8, kinds, integers=True))
+    return list(dict.fromkeys(found))
+
+
+BATCHED = ((1, False), (2, True), (0, True), (4, False))  # scales in a tile, zero points
+
+
+def followers() -> list[str]:
+    """Entry points of the steps after `tuning`, as it has found them to be best."""
+    found = []
+    sets: list[tuple[entries.Kind, ...]] = [((bits, 1, False),) for bits in range(2, 9)]
+    sets += [((2, 1, False), (4, 1, False), (8, 1, False)), ((2, 1, False), (8, 1, False))]
+    sets += [((3, 1, False), (5, 1, False), (6, 1, False)), ((3, 1, False), (5, 1, False))]
+    for kinds, m in itertools.product(sets, (1, 16)):
+        how = launches.TUNED.get((m // 8 or 1, max(bits for bits, *_ in kinds)), Tuning())
+        found.append(entries.stream(torch.bfloat16, m, kinds, how))
+    for bits in range(2, 9):
+        how = launches.TUNED.get((1, bits), Tuning())
+        found.append(entries.stream(torch.bfloat16, 1, ((bits, 2, True),), how))
+    return found
+
+
+def compile(result: dict[str, Any]) -> None:
+    """Compile on all cores what `tuning` and `correctness` want."""
+    result["bytes"] = _compiled(wanted())
+
+
+def _compiled(entry: list[str]) -> int:
+    with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
+        return sum(map(len, pool.map(partial(compile_kernel, target="sm_90a"), entry)))
 
 
 def tuning(result: dict[str, Any]) -> None:
-    """How the kernel is best built, by width, shape and rows of x."""
-    dtype = torch.bfloat16
-    cells = []
-    for name, (rows, columns) in SHAPES.items():
-        for bits in (4, 2, 8):
-            part: Part = (rows, bits, 128, True)
-            weights = rotated(random_fused([part], columns, bits))
-            for m in (1, 16):
-                tried = [(tuning, overlap) for tuning in TUNINGS for overlap in (False, True)]
-                random.Random(0).shuffle(tried)
-                for how, overlap in tried:
-                    row: dict[str, Any] = {
-                        "shape": name, "bits": bits, "m": m, "overlap": overlap,
-                        "tuning": [how.warps, how.stages, how.resident],
-                        "bytes": weights[0].nbytes,
-                    }  # fmt: skip
-                    try:
-                        replay = loop(weights, m, dtype, how, overlap)
-                    except Exception as error:
-                        row["failed"] = f"{type(error).__name__}: {error}"
-                    else:
-                        replay.sample()
-                        row |= spread([replay.sample() for _ in range(5)])
-                        replay.close()
-                    result["rows"].append(row)
-                    cells.append(row)
-                best = sorted(
-                    (r["us"], r["tuning"], r["overlap"])
-                    for r in cells
-                    if "us" in r and (r["shape"], r["bits"], r["m"]) == (name, bits, m)
-                )
-                floor = weights[0].nbytes / 3.0e6
-                print(
-                    name, bits, m, f"bytes/3.0TB/s {floor:.2f} us", best[:4], best[-1], flush=True
-                )
-            del weights
+    """How the kernel is best built, by width and rows of x; later steps of this run use it."""
+    for bits, (name, (rows, columns)) in itertools.product(TUNED_WIDTHS, SHAPES.items()):
+        part: Part = (rows, bits, 128, True)
+        weights = rotated(random_fused([part], columns, bits))
+        for m in (1, 16):
+            tried = random.Random(0).sample(TUNINGS, len(TUNINGS))
+            for how, overlap in itertools.product(tried, (True, False)):
+                if not overlap and how != Tuning():
+                    continue
+                row: dict[str, Any] = {
+                    "shape": name, "bits": bits, "m": m, "overlap": overlap,
+                    "tuning": _numbers(how), "bytes": weights[0].nbytes,
+                }  # fmt: skip
+                try:
+                    replay = loop(weights, m, torch.bfloat16, how, overlap)
+                except Exception as error:
+                    row["failed"] = f"{type(error).__name__}: {error}"
+                else:
+                    replay.sample()
+                    row |= spread([replay.sample() for _ in range(5)])
+                    replay.close()
+                result["rows"].append(row)
+    for bits, m in itertools.product(TUNED_WIDTHS, (1, 16)):
+        rows_ = [r for r in result["rows"] if (r["bits"], r["m"]) == (bits, m)]
+        best = min(TUNINGS, key=lambda how: _score(rows_, how))
+        for near in {4: (4, 5), 2: (1, 2), 3: (3,), 8: (6, 7, 8)}[bits]:
+            launches.TUNED[m // 8 or 1, near] = best
+        times = {
+            r["shape"]: (r["us"], round(r["bytes"] / 3e6, 2))
+            for r in rows_
+            if r.get("us")
+            and r["overlap"]
+            and r["tuning"] == [best.warps, best.stages, best.resident]
+        }
+        print(f"int{bits} m={m}: {best}, us and bytes at 3 TB/s: {times}", flush=True)
+    _compiled(followers())
+    result["tuned"] = {
+        f"{cols},{bits}": _numbers(how) for (cols, bits), how in launches.TUNED.items()
+    }
+
+
+def _numbers(how: Tuning) -> list[int]:
+    return [how.warps, how.stages, how.resident]
+
+
+def _score(rows: list[dict[str, Any]], how: Tuning) -> float:
+    """Time of a block's four launches."""
+    own = [r.get("us", 1e9) for r in rows if r["overlap"] and r["tuning"] == _numbers(how)]
+    return sum(own)
+
+
+def grid(result: dict[str, Any]) -> None:
+    """Every width, shape and number of rows, beside the library's bfloat16 product."""
+    cases = [(name, bits) for name in (*SHAPES, "lm_head") for bits in (16, *range(2, 9))]
+    for name, bits in random.Random(1).sample(cases, len(cases)):
+        rows, columns = SHAPES.get(name, (128256, 4096))
+        counts = (1, 4, 16, 64, 256, 2048) if name in SHAPES else (1, 16)
+        runs: list[Callable[[torch.Tensor], object]]
+        if bits == 16:
+            dense = random_input(rows, columns, torch.bfloat16)
+            size = dense.nbytes
+            count = max(2, -(-ROTATION // size))
+            runs = [partial(_swapped, linear, dense.clone()) for _ in range(count)]
+        else:
+            weights = rotated(random_fused([(rows, bits, 128, True)], columns, bits))
+            size = weights[0].nbytes
+            runs = [partial(_swapped, matmul_overlapping, weight) for weight in weights]
+        for m in counts:
+            x = random_input(m, columns, torch.bfloat16)
+            turns = max(1, (24 if m <= 256 else 4) // len(runs))
+            row: dict[str, Any] = {"shape": name, "bits": bits, "m": m, "bytes": size}
+            try:
+                replay = Replay([partial(run, x) for run in runs * turns])
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"
+            else:
+                replay.sample()
+                row |= spread([replay.sample() for _ in range(7)])
+                replay.close()
+            result["rows"].append(row)
+    print_grid(result["rows"])
+
+
+def _swapped(product: Callable[..., object], weight: object, x: torch.Tensor) -> object:
+    return product(x, weight)
+
+
+def matmul_overlapping(x: torch.Tensor, weight: Fused) -> torch.Tensor:
+    """A product that may begin before the kernel before has ended."""
+    return matmul(x, weight, overlap=True)
+
+
+def print_grid(rows: list[dict[str, Any]]) -> None:
+    """Microseconds by shape and rows of x; one column a width."""
+    found = {(r["shape"], r["m"], r["bits"]): r.get("us", -1) for r in rows}
+    for shape, m in sorted({key[:2] for key in found}):
+        line = " ".join(f"{found.get((shape, m, bits), -1):8.2f}" for bits in (*range(2, 9), 16))
+        print(f"{shape:8s} m={m:5d} {line}", flush=True)

@@ -63,14 +63,29 @@ struct Tile {
         }
     }
 
-    // Puts the field of one plane in place.
-    template <class T, int WIDTH, int BASE>
-    DEVICE u32 add(int pair, u32 value) const {
+    // Puts the field of one plane in its place, `lowest` bits up.
+    template <int WIDTH, int BASE>
+    DEVICE u32 add(int pair, int lowest, u32 value) const {
         const int at = field(WIDTH, BASE, count<BITS>(), step<BITS>(), pair);
-        const int wanted = place<T, BITS>(pair) + BASE;
+        const int wanted = lowest + BASE;
         const u32 word = words[first_word<BITS>(WIDTH) + pair / (16 / WIDTH)];
         return and_or(rotate_right(word, u32(at - wanted + 32)), both(((1u << WIDTH) - 1) << wanted),
                       value);
+    }
+
+    DEVICE u32 add_all(int pair, int lowest, u32 value) const {
+        if constexpr (BITS == 8) value = add<8, 0>(pair, lowest, value);
+        if constexpr (BITS < 8 && BITS & 4) value = add<4, 0>(pair, lowest, value);
+        if constexpr (BITS < 8 && BITS & 2) value = add<2, BITS & 4>(pair, lowest, value);
+        if constexpr (BITS & 1) value = add<1, BITS & 6>(pair, lowest, value);
+        return value;
+    }
+
+    // (code − 2^(bits−1)) · 2^(8−bits) of pairs `pair` and `pair` + 2 as signed bytes, in the order
+    // 0, 2, 1, 3 of their columns.
+    DEVICE u32 decode_bytes(int pair) const {
+        const u32 low = add_all(pair, 8 - BITS, 0);
+        return add_all(pair + 2, 16 - BITS, low) ^ 0x80808080;
     }
 
     // Pair `pair` of 32, a compile-time constant once unrolled.
@@ -83,12 +98,8 @@ struct Tile {
             const u32 away = and_or(~word, both(0x80), both(T::magic));
             return fma2<T>(away, both(T::one | 0x8000), low);
         } else {
-            u32 value = both(T::magic);
-            if constexpr (BITS == 8) value = add<T, 8, 0>(pair, value);
-            if constexpr (BITS < 8 && BITS & 4) value = add<T, 4, 0>(pair, value);
-            if constexpr (BITS < 8 && BITS & 2) value = add<T, 2, BITS & 4>(pair, value);
-            if constexpr (BITS & 1) value = add<T, 1, BITS & 6>(pair, value);
             const int at = place<T, BITS>(pair);
+            const u32 value = add_all(pair, at, both(T::magic));
             const u32 scale = T::one - (u32(at) << T::mantissa);
             return fma2<T>(value, both(scale), both(offset_bits<T, BITS>(at)));
         }

@@ -141,6 +141,10 @@ template <int BYTES>
 void copy(u32 to, const u8* from) {
     host::start_copy(&shared<u8>(to), from, BYTES);
 }
+alignas(16) inline const u8 zeros[16] = {};
+inline void copy_or_zero(u32 to, const void* from, bool inside) {
+    host::start_copy(&shared<u8>(to), inside ? from : zeros, 16);
+}
 inline void copy_commit() {
     host::self.groups.push_back(std::move(host::self.open));
     host::self.open.clear();

@@ -71,6 +71,11 @@ DEVICE void copy(u32 to, const u8* from) {
                      "l"(from), "n"(BYTES)
                      : "memory");
 }
+DEVICE void copy_or_zero(u32 to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+}
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 DEVICE void copy_wait() {

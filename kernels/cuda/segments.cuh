@@ -48,3 +48,37 @@ struct Group {
         zero[1] = float(int(zeros >> 8 & 0xFF) - middle);
     }
 };
+
+// A tile in shared memory: planes, then each lane's scales, then its zero points. A lane copies
+// what it will decode itself, so that nobody else need wait for it.
+template <class K>
+DEVICE constexpr u32 slot_bytes() {
+    return 256 * K::BITS + 128 * K::GROUPS + 32 * K::ZERO_BYTES;
+}
+template <class K>
+DEVICE u32 scales_at(int lane) {
+    return 256 * K::BITS + lane * (4 * K::GROUPS);
+}
+template <class K>
+DEVICE u32 zeros_at(int lane) {
+    return 256 * K::BITS + 128 * K::GROUPS + lane * K::ZERO_BYTES;
+}
+template <class K>
+DEVICE void copy_tile(u32 to, int lane, const u8* planes, const u8* meta) {
+    const int g = lane / 4;
+#pragma unroll
+    for (int piece = 0; piece < K::BITS / 2; ++piece)
+        copy<16>(to + piece * 512 + lane * 16, planes + piece * 512 + lane * 16);
+    if constexpr (K::BITS & 1)
+        copy<8>(to + K::BITS / 2 * 512 + lane * 8, planes + K::BITS / 2 * 512 + lane * 8);
+    copy<4 * K::GROUPS>(to + scales_at<K>(lane), meta + g * 4 * K::GROUPS);
+    if constexpr (K::ASYMMETRIC)
+        copy<K::ZERO_BYTES>(to + zeros_at<K>(lane), meta + 32 * K::GROUPS + g * K::ZERO_BYTES);
+}
+template <class K>
+DEVICE Group group_of(u32 slot, int lane, int index) {
+    const u32 scales = shared<u32>(slot + scales_at<K>(lane) + 4 * index);
+    u32 zeros = 0;
+    if constexpr (K::ASYMMETRIC) zeros = shared<u16>(slot + zeros_at<K>(lane) + 2 * index);
+    return Group(scales, zeros, K::ASYMMETRIC ? 1 << (K::BITS - 1) : 0);
+}

@@ -149,35 +149,15 @@ struct Stream {
     DEVICE void open(const Segment& segment, u32 number, Ahead& ahead) {
         const u8* block = args.data + segment.offset + number * (long long)segment.block_bytes;
         const int tile = first + ahead.tile;
-        ahead.planes = block + tile * (long long)K::TILE_BYTES + lane * 16;
-        ahead.meta = K::meta(block, tile, args.tiles) + lane / 4 * (4 * K::GROUPS);
+        ahead.planes = block + tile * (long long)K::TILE_BYTES;
+        ahead.meta = K::meta(block, tile, args.tiles);
     }
 
-    // A lane copies its own words, scales and zero points: nobody else reads them.
     template <class K>
     DEVICE void fetch(Ahead& ahead) {
-        const u32 to = ahead.slot;
-#pragma unroll
-        for (int piece = 0; piece < K::BITS / 2; ++piece)
-            copy<16>(to + piece * 512 + lane * 16, ahead.planes + piece * 512);
-        if constexpr (K::BITS & 1)
-            copy<8>(to + K::BITS / 2 * 512 + lane * 8, ahead.planes + K::BITS / 2 * 512 - lane * 8);
-        copy<4 * K::GROUPS>(to + scales_at<K>(), ahead.meta);
-        if constexpr (K::ASYMMETRIC) {
-            const int g = lane / 4;
-            const u8* zeros = ahead.meta + 32 * K::GROUPS + g * (K::ZERO_BYTES - 4 * K::GROUPS);
-            copy<K::ZERO_BYTES>(to + zeros_at<K>(), zeros);
-        }
+        copy_tile<K>(ahead.slot, lane, ahead.planes, ahead.meta);
         ahead.planes += K::TILE_BYTES;
         if constexpr (!K::ROWWISE) ahead.meta += K::TILE_BYTES;
-    }
-    template <class K>
-    DEVICE u32 scales_at() const {
-        return 256 * K::BITS + lane * (4 * K::GROUPS);
-    }
-    template <class K>
-    DEVICE u32 zeros_at() const {
-        return 256 * K::BITS + 128 * K::GROUPS + lane * K::ZERO_BYTES;
     }
 
     DEVICE void load_x() {
@@ -249,11 +229,7 @@ struct Stream {
             }
             if ((unit + 1) * K::GROUPS % 4 == 0) {
                 const int index = (unit + 1) * K::GROUPS / 4 - 1;
-                const u32 scales = shared<u32>(slot + scales_at<K>() + 4 * index);
-                u32 zeros = 0;
-                if constexpr (K::ASYMMETRIC)
-                    zeros = shared<u16>(slot + zeros_at<K>() + 2 * index);
-                const Group group(scales, zeros, 1 << (K::BITS - 1));
+                const Group group = group_of<K>(slot, lane, index);
 #pragma unroll
                 for (int i = 0; i < 4 * COLS; ++i) {
                     const int c = i / 4, half = i % 4 / 2;
