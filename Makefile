@@ -44,11 +44,18 @@ test: $(INSTALLED) ## the tests that take seconds
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## the tests that take minutes
-	$(PY) -m pytest -m "slow and not network"
+	$(PY) -m pytest -m "slow and not network" --ignore=tests/cuda
 
 .PHONY: test-targets
 test-targets: $(INSTALLED) ## other tools open our exports, in environments of their own
 	$(PY) -m pytest -m "slow and network" tests/targets
+
+KERNEL_TOOLS := $(VENV)/kernel-tools
+.PHONY: test-kernels
+test-kernels: $(INSTALLED) ## the kernels: sanitizers, mutations, six targets, Triton; half an hour
+	test -d $(KERNEL_TOOLS) || $(PY) -m pip install --quiet --no-deps --target $(KERNEL_TOOLS) \
+		triton==3.9.0 nvidia-cuda-nvrtc==13.0.88
+	PYTHONPATH=$(KERNEL_TOOLS) $(PY) -m pytest -m "slow or not slow" tests/cuda
 
 .PHONY: lint
 lint: $(INSTALLED) ## ruff: rules and formatting

@@ -15,6 +15,7 @@ from speed import BATCHED
 from torch import Tensor
 from weights import random_fused, random_input
 
+from bitsearch.kernels import launches
 from bitsearch.kernels.calibrate import calibrate
 from bitsearch.kernels.driver import load
 from bitsearch.kernels.fused import Fused
@@ -75,7 +76,8 @@ def _check(
         bias = random_input(1, weight.rows, dtype, 3)[0] if biased else None
         for m in counts:
             x = random_input(m, weight.columns, dtype, m)
-            found = error(matmul(x, weight, bias), weight, x, bias)
+            product = _batch if 16 < m <= 256 else matmul
+            found = error(product(x, weight, bias), weight, x, bias)
             unit = _identity(weight, rounded, dtype, m) if m <= 256 else True
             row = {
                 "name": name, "shape": [weight.rows, weight.columns],
@@ -84,6 +86,13 @@ def _check(
                 "ok": found <= LIMIT[dtype] and unit and same,
             }  # fmt: skip
             result["rows"].append(row)
+
+
+def _batch(x: Tensor, weight: Fused, bias: Tensor | None) -> Tensor:
+    """The batch kernel, also where the operator would take another."""
+    out = torch.full((len(x), weight.rows), torch.nan, dtype=x.dtype, device="cuda")
+    launches.batch(torch.nn.functional.pad(x, (0, -x.shape[1] % 8)), weight, bias, out)
+    return out
 
 
 def _check_integers(result: dict[str, Any], weight: Fused, name: str) -> None:
