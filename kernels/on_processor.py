@@ -73,4 +73,5 @@ class OnProcessor:
 
 def _energy() -> str:
     counter = processor.energy_counter()
-    return "no energy: no counter can be read" if counter is None else str(counter)
+    why = "no counter can be read" if counter is None else f"{counter} is there, and not read yet"
+    return f"no energy: {why}"

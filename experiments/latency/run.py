@@ -42,7 +42,7 @@ from bitsearch.timed import Timing, open_timing
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m"
 CANDIDATES = (
-    "gguf-q2_k,gguf-q3_k,gguf-q4_k,gguf-q5_k,gguf-q6_k,gguf-q4_0,gguf-q4_1,gguf-q5_0,"
+    "gguf-q2_k,gguf-q3_k,gguf-q4_k,gguf-q5_k,gguf-q6_k,gguf-q4_0,gguf-q5_0,"
     "gguf-q5_1,gguf-q8_0,gguf-iq4_nl,bf16"
 )
 GIVEN = {"candidates": CANDIDATES, "length": 256, "windows": "8,8,16"}
