@@ -40,6 +40,7 @@ LOSSES: Mapping[str, str] = {
     "LAYER_COLLAPSED": "layers of one type take one format",
     "METHOD_DROPPED": "the target rounds by its own method",
     "NAME_ONLY": "a configuration alone: the target quantizes again",
+    "PREPARATION_DROPPED": "without its weights the model is not prepared as it was measured",
     "SCALE_FORMAT_CHANGED": "scales are stored in another format",
     "SHAPE_FALLBACK": "the target cannot cut rows of that length into its blocks",
     "SKIP_ONLY": "the target quantizes all in one format, or not at all",

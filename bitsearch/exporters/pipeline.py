@@ -83,6 +83,10 @@ def export_policy(
     if profile is not None:
         unserved = tuple(_unserved(policy, translation, profile))
         translation = replace(translation, losses=translation.losses + unserved)
+    made = policy.quantizer.preparation
+    if made is not None and model is None:
+        loss = Loss("PREPARATION_DROPPED", policy.model.reference, made.method, "none")
+        translation = replace(translation, losses=(*translation.losses, loss))
     _refuse(translation.losses, allowed, target)
     if model is None and exporter.needs_weights:
         raise UsageError(f"{target} needs the weights: give --model {policy.model.reference}")

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from bitsearch.models.preparation import load_preparation
 
 ASKED = ("--length", "16", "--windows", "6", "--json")
 
@@ -87,3 +91,21 @@ def test_bad_requests(cli: Any, place: Any) -> None:
     assert not place.run.exists()
     rows = {row["name"]: row["about"] for row in cli("list", "preparations", "--json").json}
     assert "scales" in rows["awq"] and "rotation" in rows["hadamard"]
+
+
+def test_exports_are_of_the_prepared_model(cli: Any, place: Any, tmp_path: Path) -> None:
+    """Without the weights that is a loss; with them they are those that were measured."""
+    asked = ("--prepare", "awq", "--candidates", "int4-g16-sym,int8-g16-sym,bf16")
+    assert cli(*place.search("9bpw", *asked)).code == 0
+    policy, out = place.run / "policy.json", tmp_path / "out"
+    told = ("export", policy, "--to", "compressed-tensors", "--out", out)
+    losses = ("--allow-loss", "EMBED_DROPPED,HEAD_DROPPED,WIDTH_PROMOTED")
+    assert "awq becomes none (PREPARATION_DROPPED)" in cli(*told, *losses).complaint(2)
+    found = cli(*told, *losses, "--model", place.model)
+    assert found.code == 0, found.err
+    norm = "model.layers.0.input_layernorm.weight"
+    theirs = load_file(out / "model.safetensors")[norm]
+    prepared = load_preparation(place.run / "preparation.safetensors")
+    plain = load_file(place.model / "model.safetensors")[norm]
+    assert not torch.equal(theirs.float(), plain.bfloat16().float())
+    assert torch.equal(theirs.float(), prepared.changed(norm, plain).bfloat16().float())
