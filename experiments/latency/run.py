@@ -2,7 +2,7 @@
 
     python experiments/latency/run.py                 everything, resumed where it stopped
     python experiments/latency/run.py --again         the same, with every time measured anew
-    python experiments/latency/run.py --tables        prints the tables of the results again
+    python experiments/latency/run.py --tables        writes the tables of the results again
 
 1. the latency table of SmolLM2-135M on this processor, one thread, and its check on whole
    models in uniform and random formats;
@@ -18,9 +18,11 @@ it is kept between runs.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,12 @@ def main() -> None:
         with open_session(MODEL, options.out, "cpu", GIVEN) as session:
             content = searches(session, profile)
         results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print_check(profile)
-    print_searches(json.loads(results.read_text(encoding="utf-8")))
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        print_check(profile)
+        print_searches(json.loads(results.read_text(encoding="utf-8")))
+    print(shown.getvalue())
+    (HERE / "results/tables.md").write_text(shown.getvalue(), encoding="utf-8")
 
 
 def table(path: Path) -> None:
