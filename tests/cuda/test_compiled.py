@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for six targets: hardly a spill, few instructions a weight.
+"""What the compiler makes of the kernels for six targets: few spills, few instructions a weight.
 
 NVRTC compiles; triton's wheel brings the disassembler. Neither needs a GPU.
 """
