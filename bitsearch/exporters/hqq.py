@@ -94,8 +94,8 @@ def _configured(
                 "axis": 1,
                 "view_as_float": False,
             }
-            empty = {"scale_quant_params": None, "zero_quant_params": None}
-            yield kind, {"weight_quant_params": weights, **empty}
+            rest = {"scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
+            yield kind, {"weight_quant_params": weights, **rest}
 
 
 EXPORTER = Exporter(

@@ -144,22 +144,22 @@ def _rows() -> Iterator[tuple[tuple[str, str, str], str]]:
         yield (target, tool, check), result
 
 
-Make = Callable[[Mapping[str, str]], Path]
+Make = Callable[..., Path]
 
 
 @pytest.fixture
 def make_policy(tmp_path: Path) -> Make:
-    """Writes a policy of `tiny`: formats by module name without `model.layers.`."""
+    """Writes a policy: formats by module name, in a block without `model.layers.`."""
     from bitsearch.exporters.base import Reading
     from bitsearch.exporters.pipeline import policy_of
 
-    layout, _, source = open_layout("tiny")
-    hashes = {key: value for key, value in fingerprint(source).items() if value}
-    tensors = {m.module: m.name for unit in layout.units for m in unit.matrices}
-
-    def make(formats: Mapping[str, str]) -> Path:
+    def make(formats: Mapping[str, str], model: str | Path = "tiny") -> Path:
+        layout, _, source = open_layout(str(model))
+        hashes = {key: value for key, value in fingerprint(source).items() if value}
+        tensors = {m.module: m.name for unit in layout.units for m in unit.matrices}
         named = {
-            tensors[f"model.layers.{name}"]: parse_format(text) for name, text in formats.items()
+            tensors[name if name in tensors else f"model.layers.{name}"]: parse_format(text)
+            for name, text in formats.items()
         }
         path = tmp_path / "policy.json"
         path.write_text(save_policy(policy_of(layout, hashes, Reading(named), {})))
@@ -219,15 +219,15 @@ class Fake:
 
 
 @pytest.fixture(scope="session")
-def fake() -> Callable[[Path, str], Fake]:
+def fake() -> Callable[[Path, str | Path], Fake]:
     """The model of a policy file, with its weights put in place."""
     from bitsearch.models.load import load_model
     from bitsearch.models.weights import write_weight
     from bitsearch.policy import load_policy
     from bitsearch.score import assignment, candidate_weights
 
-    def make(path: Path, model: str) -> Fake:
-        loaded = load_model(open_layout(model)[2], dtype="float32")
+    def make(path: Path, model: str | Path) -> Fake:
+        loaded = load_model(open_layout(str(model))[2], dtype="float32")
         policy = load_policy(path)
         weights = candidate_weights(loaded.model, policy, path, None, cache_bytes=0)
         for unit, format in assignment(policy, loaded.layout):
