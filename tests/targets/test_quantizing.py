@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from bitsearch.exporters.pipeline import export_policy, import_policy
+from bitsearch.formats import parse_format
 from bitsearch.models.builtin import builtin_folder
 from bitsearch.policy import load_policy
 
@@ -88,6 +90,27 @@ def test_hqq(environment: Any, record: Any, make_policy: Make, tmp_path: Path) -
     found = tools.run("export_quantize.py", "hqq", builtin_folder("tiny"),
                       out / "hqq_config.json", "-")  # fmt: skip
     assert found == {
-        f"model.layers.{name}": [int(text[3]), int(text[5:7])] for name, text in formats.items()
+        f"model.layers.{name}": [parse_format(text).bits, parse_format(text).group_size]
+        for name, text in formats.items()
     }
     record("hqq", tools.version("hqq"), "each module is looked up", "as in the policy")
+
+
+def test_caches_of_transformers(
+    environment: Any, record: Any, fake: Any, make_policy: Make, tmp_path: Path
+) -> None:
+    tools, path = environment("export"), make_policy({})
+    content = json.loads(path.read_text())
+    widths = ("int8-g64", "int4-g32", "bf16", "int8-g32", "int4-g64", "bf16")
+    content["kv_cache"] = {str(n): {"k": text, "v": text} for n, text in enumerate(widths)}
+    path.write_text(json.dumps(content))
+    out = written(path, "transformers-kv", tmp_path / "out")
+    model = fake(path, "tiny")
+    prompts = model.prompts(("The history of the first", "In the year of the"))
+    kinds, found = tools.run("cache_tokens.py", builtin_folder("tiny"), out / "kv_cache.json",
+                             json.dumps(prompts), 16)  # fmt: skip
+    assert kinds == [8, 4, 16, 8, 4, 16]
+    below = model.shortfall(prompts, found)
+    record("transformers-kv", tools.version("transformers"), "a width for each layer: tokens",
+           f"at most {below:.3f} logits below the best token of a 16-bit cache")  # fmt: skip
+    assert below < 1
