@@ -30,10 +30,10 @@ CONFIG, RECIPE = "hf_quant_config.json", "recipe.yaml"
 
 # By format: the algorithm in the configuration; cfg of the weight quantizer, and of the
 # quantizer of inputs, in YAML.
-_NVFP4 = "{num_bits: e2m1, block_sizes: {-1: 16, type: dynamic, scale_bits: e4m3}}"
-_MXFP8 = "{num_bits: e4m3, block_sizes: {-1: 32, type: dynamic, scale_bits: e8m0}}"
+_NVFP4 = "{num_bits: e2m1, axis: null, block_sizes: {-1: 16, type: dynamic, scale_bits: e4m3}}"
+_MXFP8 = "{num_bits: e4m3, axis: null, block_sizes: {-1: 32, type: dynamic, scale_bits: e8m0}}"
 _ROWS = "{num_bits: e4m3, axis: 0}"
-_TOKENS = "{num_bits: e4m3, type: dynamic, block_sizes: {-1: null}}"
+_TOKENS = "{num_bits: e4m3, axis: null, type: dynamic, block_sizes: {-1: null}}"
 _ALGORITHMS: dict[str, tuple[dict[str, Any], str, str]] = {
     "nvfp4": ({"quant_algo": "W4A16_NVFP4", "group_size": 16}, _NVFP4, ""),
     "int8-row-sym": ({"quant_algo": "W8A16"}, "{num_bits: 8, axis: 0}", ""),
@@ -47,7 +47,7 @@ _ALGORITHMS: dict[str, tuple[dict[str, Any], str, str]] = {
                 "has_zero_point": False,
                 "pre_quant_scale": True,
             },
-            f"{{num_bits: 4, block_sizes: {{-1: {size}, type: static}}}}",
+            f"{{num_bits: 4, axis: null, block_sizes: {{-1: {size}, type: static}}}}",
             "",
         )
         for size in (64, 128)
@@ -123,13 +123,12 @@ def write(
 
 def _recipe(quantized: Mapping[str, Format]) -> str:
     """The recipe: all off, then each quantizer by its full name. Later entries count."""
-    searched = any(format.bits == 4 and format.kind == "int" for format in quantized.values())
     lines = [
         "metadata:",
         "  recipe_type: ptq",
         "  description: a policy of bitsearch",
         "quantize:",
-        f"  algorithm: {'{method: awq_lite, alpha_step: 0.1}' if searched else 'max'}",
+        "  algorithm: max",  # awq_lite fails beside other formats
         "  quant_cfg:",
         "    - {quantizer_name: '*', enable: false}",
     ]

@@ -83,6 +83,12 @@ def mlx(rows: int, columns: int, format: Format) -> int:
     return format.bytes(rows, columns)
 
 
+def modelopt(rows: int, columns: int, format: Format) -> int:
+    """Exports of ModelOpt 0.47: as packed here, but with float32 scales of integers."""
+    size = format.bytes(rows, columns)
+    return size + 2 * rows * format.groups(columns) if format.kind == "int" else size
+
+
 def _words(count: int, bits: int) -> int:
     """32-bit words that hold `count` codes."""
     return -(-count * bits // 32)
@@ -94,6 +100,7 @@ STORED = {
     "gptq": Stored(gptq),
     "autoround": Stored(autoround),
     "torchao": Stored(torchao),
+    "modelopt": Stored(modelopt),
     "gguf": Stored(gguf, kept=4),
     "mlx": Stored(mlx),
 }

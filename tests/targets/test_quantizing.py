@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from bitsearch.exporters.checkpoints import tensor_bytes
 from bitsearch.exporters.pipeline import export_policy, import_policy
 from bitsearch.formats import parse_format
 from bitsearch.models.builtin import builtin_folder
 from bitsearch.policy import load_policy
+from bitsearch.targets.stored import STORED
 
 Make = Callable[[Mapping[str, str]], Path]
 INTEGERS = {
@@ -28,7 +30,10 @@ FLOATS = {
     **{f"0.self_attn.{m}_proj": "nvfp4" for m in "qkv"},
     "1.mlp.down_proj": "nvfp4",
     "2.mlp.down_proj": "int8-row-sym",
-    "5.self_attn.o_proj": "int8-row-sym",
+    "3.mlp.down_proj": "int4-g128-sym",
+    "4.mlp.down_proj": "int4-g64-sym",
+    "4.self_attn.o_proj": "mxfp8",
+    "5.self_attn.o_proj": "fp8",
 }
 # (target, environment, package, file that the tool is given, policy)
 TOOLS = [
@@ -56,7 +61,7 @@ def test_what_a_tool_saves_is_the_policy(
     package: str, file: str, formats: dict[str, str],
 ) -> None:  # fmt: skip
     tools, path = environment(place), make_policy(formats)
-    config = written(path, target, tmp_path / "out") / file
+    config = written(path, target, tmp_path / "out", "ACT_QUANTIZED") / file
     script = "llmcompressor" if place == "llm-compressor" else target
     saved = tmp_path / "saved"
     tools.run("export_quantize.py", script, builtin_folder("tiny"), config, saved,
@@ -64,6 +69,13 @@ def test_what_a_tool_saves_is_the_policy(
     saved = next(saved.rglob("config.json")).parent  # AutoRound makes a folder in it
     import_policy(saved, target, "tiny", tmp_path / "again.json", force=False)
     assert load_policy(tmp_path / "again.json").modules == load_policy(path).modules
+    if target == "modelopt":
+        policy = load_policy(path)
+        predicted = policy.achieved.kept_bytes + sum(
+            STORED[target].matrix(*module.shape, policy.format_of(tensor))
+            for tensor, module in policy.modules.items()
+        )
+        assert tensor_bytes(saved / "model.safetensors") == predicted
     record(target, tools.version(package), "quantizes by our configuration, saved and imported",
            "the same policy")  # fmt: skip
 
