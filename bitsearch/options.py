@@ -156,7 +156,7 @@ def offered(
     latency: Path | None,
 ) -> str | None:
     """A new run's candidates: under a budget of time all with a kernel, unless some are named."""
-    if candidates or target or (Path(model) / "space.json").is_file():
+    if candidates is not None or target or (Path(model) / "space.json").is_file():
         return candidates
     from bitsearch.timed import default_candidates
 

@@ -159,7 +159,7 @@ def test_one_text_for_two_purposes(cli: Any, place: Any) -> None:
         (("--device", "cuda:99"), 4, "device 'cuda:99' is not available"),
         (("--device", "abacus"), 2, "unknown device 'abacus': give auto, cpu"),
         (("--revision", "main"), 4, "is not a hub model and has no revision 'main'"),
-        (("--budget", "4bpw", "--budget", "5bpw@linear"), 2, "milp"),
+        (("--budget", "4bpw", "--budget", "5bpw@linear", "--solver", "pareto_dp"), 2, "milp"),
     ],
 )
 def test_arguments_that_cannot_be(

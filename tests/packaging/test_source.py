@@ -6,7 +6,8 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -176,8 +177,14 @@ def at_import(tree: ast.Module) -> ast.Module:
 def third_party(names: Iterator[str]) -> set[str]:
     """Distributions that hold these modules, without the standard library and bitsearch."""
     tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"bitsearch"}
-    holders = packages_distributions()
+    holders = distributions()
     return {distribution(holders.get(top, [top])[0]) for top in tops}
+
+
+@cache
+def distributions() -> Mapping[str, list[str]]:
+    """Distributions by the modules that they hold; reading it takes a while."""
+    return packages_distributions()
 
 
 def distribution(requirement: str) -> str:
