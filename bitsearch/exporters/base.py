@@ -28,25 +28,17 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 LOSSES: Mapping[str, str] = {
-    "ACT_DROPPED": "activations stay unquantized",
     "ACT_QUANTIZED": "the target quantizes activations too",
     "EMBED_DROPPED": "the embedding stays at 16 bits",
-    "EXPERT_HARMONISED": "experts that the target stores together share one format",
     "FUSED_HARMONISED": "matrices that the target fuses take the widest format among them",
     "GROUP_COERCED": "another group size",
     "HEAD_DROPPED": "the head stays at 16 bits",
     "KV_KV_MERGED": "K and V take one format",
     "KV_LAYER_COLLAPSED": "all layers of the KV cache take one format",
     "LAYER_COLLAPSED": "layers of one type take one format",
-    "METHOD_DROPPED": "the target rounds by its own method",
-    "NAME_ONLY": "a configuration alone: the target quantizes again",
     "PREPARATION_DROPPED": "without its weights the model is not prepared as it was measured",
     "SCALE_FORMAT_CHANGED": "scales are stored in another format",
-    "SHAPE_FALLBACK": "the target cannot cut rows of that length into its blocks",
-    "SKIP_ONLY": "the target quantizes all in one format, or not at all",
-    "STORAGE_WIDER": "the target stores more bits than the format has",
     "SYM_COERCED": "symmetry is changed",
-    "TIED_UNTIED": "the tied head is stored once more",
     "WIDTH_PROMOTED": "more bits",
     "WIDTH_UNSERVED": "the file holds it, but the engine has no kernel for it",
 }
