@@ -1,10 +1,11 @@
 // The machine as C++20 threads: a thread for every CUDA thread, POSIX barriers, and asynchronous
-// copies that arrive only when they are waited for and leave poison until then. Blocks run one
-// after another, in the order that the caller chooses.
+// copies that arrive only when they are waited for and leave poison until then. Blocks run two at a
+// time, in the order that the caller chooses.
 #pragma once
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -41,29 +42,37 @@ struct Thread {
 };
 inline thread_local Thread self;
 
-// Runs body() as every thread of the blocks named in `order`.
+// Runs body() as every thread of the blocks named in `order`, two blocks at a time, so that the
+// thread sanitizer sees what blocks do to each other.
 template <class Body>
 void launch(const std::vector<int>& order, int count, int threads, size_t bytes, Body body) {
-    for (int index : order) {
-        Block block;
-        block.warps = std::vector<Warp>(threads / 32);
-        // Exactly these bytes, so that the address sanitizer sees what lies outside.
-        block.shared = static_cast<u8*>(::operator new(bytes, std::align_val_t(128)));
-        std::memset(block.shared, 0xFF, bytes);
-        pthread_barrier_init(&block.barrier, nullptr, threads);
-        for (Warp& warp : block.warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
+    for (size_t next = 0; next < order.size(); next += 2) {
+        const size_t together = std::min<size_t>(2, order.size() - next);
+        std::vector<Block> blocks(together);
         std::vector<std::thread> running;
-        for (int thread = 0; thread < threads; ++thread) {
-            running.emplace_back([&, thread] {
-                self = Thread{thread, index, threads, count, &block, &block.warps[thread / 32],
+        for (Block& block : blocks) {
+            block.warps = std::vector<Warp>(threads / 32);
+            // Exactly these bytes, so that the address sanitizer sees what lies outside.
+            block.shared = static_cast<u8*>(::operator new(bytes, std::align_val_t(128)));
+            std::memset(block.shared, 0xFF, bytes);
+            pthread_barrier_init(&block.barrier, nullptr, threads);
+            for (Warp& warp : block.warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
+        }
+        for (size_t i = 0; i < together * threads; ++i) {
+            const int thread = int(i % threads), index = order[next + i / threads];
+            Block* block = &blocks[i / threads];
+            running.emplace_back([=, &body] {
+                self = Thread{thread, index, threads, count, block, &block->warps[thread / 32],
                               {},     {}};
                 body();
             });
         }
         for (std::thread& thread : running) thread.join();
-        pthread_barrier_destroy(&block.barrier);
-        for (Warp& warp : block.warps) pthread_barrier_destroy(&warp.barrier);
-        ::operator delete(block.shared, std::align_val_t(128));
+        for (Block& block : blocks) {
+            pthread_barrier_destroy(&block.barrier);
+            for (Warp& warp : block.warps) pthread_barrier_destroy(&warp.barrier);
+            ::operator delete(block.shared, std::align_val_t(128));
+        }
     }
 }
 

@@ -70,6 +70,9 @@ def find_wrong(emulator: Emulator) -> str:
     for x in (random_input(20, 312, half), random_input(41, 312, bfloat)):
         given.append((flat, x, None))
         cases.append(batch_case(flat, x, processors=6))
+    long = random_fused(FEW[6:7], 1504, 7)
+    given.append((long, random_input(20, 1504, bfloat), None))
+    cases.append(batch_case(long, given[-1][1], processors=8))
     try:
         found = emulator(cases, timeout=60)
         for got, (weight, x, bias) in zip(found, given, strict=True):
