@@ -26,7 +26,9 @@ EXPORTERS = {
     "vllm-kv": "bitsearch.exporters.kv_cache:VLLM",
     "transformers-kv": "bitsearch.exporters.kv_cache:TRANSFORMERS",
     "llama.cpp": "bitsearch.exporters.llama_cpp:EXPORTER",
+    "exllamav3": "bitsearch.exporters.exllamav3:EXPORTER",
     "mlx": "bitsearch.exporters.mlx:EXPORTER",
+    "onnxruntime": "bitsearch.exporters.onnxruntime:EXPORTER",
 }
 
 

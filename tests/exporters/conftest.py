@@ -32,9 +32,9 @@ def hashes() -> dict[str, str]:
 
 
 def policy_with(layout: ModelLayout, hashes: dict[str, str], formats: Mapping[str, str]) -> Policy:
-    """The policy with these formats by module; all else stays at 16 bits."""
+    """The policy with these formats by module or tensor; all else stays at 16 bits."""
     tensors = {m.module: m.name for unit in layout.units for m in unit.matrices}
-    named = {tensors[module]: parse_format(name) for module, name in formats.items()}
+    named = {tensors.get(module, module): parse_format(name) for module, name in formats.items()}
     return policy_of(layout, hashes, Reading(named), {})
 
 

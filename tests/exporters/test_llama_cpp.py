@@ -284,12 +284,11 @@ def test_experts_are_one_tensor_a_projection(
 ) -> None:
     sizes = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4}
     layout, _ = of_family(kind, moe_intermediate_size=32, **sizes)
-    modules = {m.name: m for unit in layout.units for m in unit.matrices}
-    stack = next(name for name in modules if name.endswith("0.mlp.experts.gate_up_proj"))
-    policy = policy_for(layout, hashes, {modules[stack].module: "gguf-q4_0"})
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    policy = policy_for(layout, hashes, {stack: "gguf-q4_0"})
     text = llama_cpp.tensor_types(policy, llama_cpp.translate(policy).formats)
-    assert "^blk\\.0\\.ffn_gate_exps\\.weight$=" in text
-    assert "^blk\\.0\\.ffn_up_exps\\.weight$=" in text and "ffn_gate_inp" not in text
+    assert "^blk\\.0\\.ffn_gate_exps\\.weight$=q4_0" in text
+    assert "^blk\\.0\\.ffn_up_exps\\.weight$=q4_0" in text and "ffn_gate_inp" not in text
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def main() -> None:
             new.append(int(mx.argmax(logits)))
             tokens = mx.array([[new[-1]]])
         found.append(new)
-    print("TOKENS", json.dumps(found))
+    print("RESULT", json.dumps(found))
 
 
 main()
