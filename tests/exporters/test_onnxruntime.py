@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from safetensors.torch import load_file
 
 from bitsearch.errors import BadInput, BitsearchError
@@ -61,6 +66,70 @@ def test_the_node_multiplies_by_the_measured_weights(make_policy: Make, tmp_path
         expected = weights.candidate(matrices[name], policy.format_of(name))
         assert torch.equal(found, expected), name
         assert rule["probe"] == probe(loaded.model.get_parameter(name).numpy())
+
+
+def graph_of(weights: Mapping[str, NDArray[np.float32]]) -> onnx.ModelProto:
+    """x -> x @ W^T for every matrix, whose constants have names of no meaning."""
+    helper = onnx.helper
+    nodes, constants, outputs = [], [], []
+    for index, weight in enumerate(weights.values()):
+        constants.append(onnx.numpy_helper.from_array(weight.T.copy(), f"val_{index}"))
+        nodes.append(helper.make_node("MatMul", ["x", f"val_{index}"], [f"y{index}"]))
+        shape = [None, weight.shape[0]]
+        outputs.append(helper.make_tensor_value_info(f"y{index}", onnx.TensorProto.FLOAT, shape))
+    columns = next(iter(weights.values())).shape[1]
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, columns])
+    graph = helper.make_graph(nodes, "made", [x], outputs, constants)
+    opset = helper.make_opsetid("", 18)
+    return helper.make_model(graph, ir_version=9, opset_imports=[opset])
+
+
+def run_script(folder: Path, model: onnx.ModelProto) -> subprocess.CompletedProcess[str]:
+    """The script beside the weights, as a user runs it."""
+    onnx.save(model, folder / "in.onnx")
+    command = [sys.executable, folder / "apply.py", folder / "in.onnx", folder / "out.onnx"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_onnx_runtime_multiplies_by_the_measured_weights(make_policy: Make, tmp_path: Path) -> None:
+    """Its own operator, in a graph that another exporter might have written."""
+    square = [name for name in LINEAR if name.endswith(("q_proj", "o_proj", "gate_proj"))]
+    formats = dict(zip(square, ["int2-g16", "int4-g32", "int8-g64", "int4-g128-sym", "int2-g256"],
+                       strict=False))  # fmt: skip
+    path = make_policy(formats)
+    export(path, tmp_path / "out", "tiny")
+    loaded = load_model(open_layout("tiny")[2], dtype="float32")
+    policy = load_policy(path)
+    candidates = candidate_weights(loaded.model, policy, path, None, cache_bytes=0)
+    matrices = {m.module: m for unit in loaded.layout.units for m in unit.matrices}
+    weights = {n: loaded.model.get_parameter(f"{n}.weight").numpy() for n in square}
+    done = run_script(tmp_path / "out", graph_of(weights))
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "out" / "out.onnx"
+    operators = [node.op_type for node in onnx.load(file).graph.node]
+    assert operators.count("MatMulNBits") == len(formats)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    found = InferenceSession(file).run(None, {"x": x.numpy()})
+    for name, y in zip(square, found, strict=True):
+        matrix = matrices[name]
+        expected = x @ candidates.candidate(matrix, policy.format_of(matrix.name)).T
+        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-4, atol=1e-4)
+    imported = onnxruntime.read(file, TINY).formats
+    assert {n: f.name for n, f in imported.items()} == {
+        n: module.format for n, module in policy.modules.items()
+    }
+
+
+def test_a_graph_without_a_matrix_or_with_two_is_refused(make_policy: Make, tmp_path: Path) -> None:
+    name = "model.layers.2.self_attn.q_proj"
+    export(make_policy({name: "int4-g32"}), tmp_path / "out", "tiny")
+    weight = load_model(open_layout("tiny")[2], dtype="float32").model.get_parameter(
+        f"{name}.weight"
+    )
+    for other in ({"a": weight.numpy() * 1.02}, {"a": weight.numpy(), "b": weight.numpy()}):
+        done = run_script(tmp_path / "out", graph_of(other))
+        assert done.returncode == 1 and f"{name}.weight is multiplied by" in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out" / "out.onnx").exists()
 
 
 def from_bits(packed: Any, bits: int) -> torch.Tensor:

@@ -77,13 +77,50 @@ class Environment:
 
 
 @pytest.fixture(scope="session")
-def environment() -> Callable[[str], Environment]:
+def environments() -> Path:
+    """The folder of all environments, and of what else is kept between runs."""
+    chosen = os.environ.get("BITSEARCH_TARGET_ENVS") or "~/.cache/bitsearch/targets"
+    return Path(chosen).expanduser()
+
+
+@pytest.fixture(scope="session")
+def searched_for(environments: Path) -> Callable[..., Path]:
+    """The policy of a real search for a target; its run is kept, and resumed."""
+    from bitsearch.search import Request, search
+    from bitsearch.session import open_session
+
+    def find(target: str, model: str, budget: str, **given: Any) -> Path:
+        run = environments / f"searched-{target}-{model}"
+        settings = {"target": target, "length": 256, "windows": "2,2,4", **given}
+        with open_session(model, run, "cpu", settings) as session:
+            search(session, Request((budget,), "fisher_output", "pareto_dp", 0), lambda *_: None)
+        return run / "policy.json"
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def texts() -> tuple[str, ...]:
+    """What models are asked to continue."""
+    return (
+        "The capital of France is",
+        "Once upon a time, there was a little",
+        "In 1905, Albert Einstein published",
+        "def fibonacci(n):\n",
+        "Water boils at",
+        "The mitochondria is",
+        "To bake a loaf of bread, first",
+        "The history of the Roman Empire begins",
+    )
+
+
+@pytest.fixture(scope="session")
+def environment(environments: Path) -> Callable[[str], Environment]:
     """The environment of a file in `environments/`, by its name."""
 
     def make(name: str) -> Environment:
         listed = HERE / "environments" / f"{name}.txt"
-        home = Path(os.environ.get("BITSEARCH_TARGET_ENVS") or "~/.cache/bitsearch/targets")
-        path = home.expanduser() / name
+        path = environments / name
         done = path / "requirements.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
