@@ -30,7 +30,7 @@ from bitsearch.units import ModelLayout
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitsearch.quantizers.quantized import Quantized
+    from bitsearch.quantizers.codec import Encoded
 
 SCRIPT = "apply.py"
 _BITS, _GROUPS = (2, 4, 8), (16, 32, 64, 128, 256)
@@ -93,8 +93,8 @@ def write(
             matrix = checkpoint.matrices[name]
             weight = checkpoint.loaded.model.get_parameter(name).detach().float().cpu().numpy()
             rule["probe"] = onnx_apply.probe(weight.T if matrix.transposed else weight)
-            (quantized,) = checkpoint.weights.quantized(matrix, translation.formats[name])
-            tensors |= {f"{name}/{key}": value for key, value in packed(quantized).items()}
+            (encoded,) = checkpoint.weights.quantized(matrix, translation.formats[name])
+            tensors |= {f"{name}/{key}": value for key, value in packed(encoded).items()}
         checkpoint.progress("quantizing", len(found), len(found))
     described = {"engine": _ENGINE, "matrices": found}
     (folder / onnx_apply.RULES).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
@@ -108,14 +108,14 @@ def write(
     return {onnx_apply.WEIGHTS: tensor_bytes(folder / onnx_apply.WEIGHTS)}
 
 
-def packed(quantized: Quantized) -> dict[str, Tensor]:
+def packed(encoded: Encoded) -> dict[str, Tensor]:
     """The inputs of a MatMulNBits node.
 
     Returns:
         `codes`: (out, groups, bytes of a group) uint8, low bit first; `scales`:
         (out, groups) float16; `zeros`, if asymmetric: (out, bytes) uint8, low bit first.
     """
-    found = quantized.pack()
+    found = encoded.pack()
     rows, groups = found["scales"].shape
     return found | {"codes": found["codes"].reshape(rows, groups, -1)}
 
