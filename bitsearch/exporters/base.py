@@ -36,6 +36,7 @@ LOSSES: Mapping[str, str] = {
     "KV_KV_MERGED": "K and V take one format",
     "KV_LAYER_COLLAPSED": "all layers of the KV cache take one format",
     "LAYER_COLLAPSED": "layers of one type take one format",
+    "NAME_ONLY": "a configuration alone: the target quantizes again",
     "PREPARATION_DROPPED": "without its weights the model is not prepared as it was measured",
     "SCALE_FORMAT_CHANGED": "scales are stored in another format",
     "SYM_COERCED": "symmetry is changed",
