@@ -104,7 +104,7 @@ def test_llama_cpp_continues_as_the_measured_model_does(
             "the best token",
         )
         if kind == "widened to float32":
-            # two tokens may be exactly as good as each other, and either is taken
+            # of two tokens as good as each other, either may be taken
             assert below <= 1e-3
         else:
             assert below < 1.5 and equal > 0

@@ -61,7 +61,7 @@ def test_mlx_continues_as_the_measured_model_does(
             f"{equal} of {COUNT * len(prompts)} until the first difference; at most {below:.3f} "
             "logits below the best token",
         )
-        # two tokens may be exactly as good as each other, and either is taken
+        # of two tokens as good as each other, either may be taken
         assert below <= (1e-3 if dtype == "float32" else 0.1)
 
 
