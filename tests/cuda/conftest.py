@@ -56,11 +56,11 @@ def wrong() -> Callable[[Emulator], str]:
 def find_wrong(emulator: Emulator) -> str:
     """Small launches with tails, ranges of columns, idle warps, poison all around."""
     half, bfloat = torch.float16, torch.bfloat16
-    ragged, wide = random_fused(FEW[4:], 300, 1), random_fused(FEW[:2], 1500, 2)
+    ragged, wide = random_fused(FEW[4:], 300, 1), random_fused(FEW[:2], 1504, 2)
     odd = random_fused(FEW[2:4], 77, 3)
     given = [
         (ragged, random_input(3, 300, half), None),
-        (wide, random_input(9, 1500, bfloat), None),
+        (wide, random_input(9, 1504, bfloat), None),
         (odd, random_input(2, 77, half), random_input(1, odd.rows, half, 5)[0]),
     ]
     cases: list[Case] = [
