@@ -7,6 +7,7 @@ things, so that bytes follow from the shape alone.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from bitsearch.formats.base import Format
@@ -29,9 +30,9 @@ class SplitFormat(Format):
     base: Format
 
     @property
+    @abstractmethod
     def ending(self) -> str:
         """What the name adds to that of the base, after a plus sign."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:
