@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from abc import ABC, abstractmethod
 from typing import Any
 
 from bitsearch.kernels import processor
@@ -19,7 +20,7 @@ def copies_for(size: int, rotation: int) -> int:
     return min(_MOST_COPIES, max(2, -(-rotation // max(1, size))))
 
 
-class OnProcessor:
+class OnProcessor(ABC):
     """The part of a device that is the processor's, whatever computes on it."""
 
     name: str
@@ -58,8 +59,9 @@ class OnProcessor:
             "gflops": 2 * 64 * 1024 * 1024 / computing,
         }
 
+    @abstractmethod
     def timed(self, launch: Launch, rotation: int, seed: int) -> Timed:
-        raise NotImplementedError
+        """As every `Device` has it."""
 
     def _measured(self, launch: Launch, rotation: int) -> tuple[float, int]:
         """Median nanoseconds of a launch, and its bytes."""
