@@ -100,6 +100,23 @@ class CandidateWeights:
             self._room += _bytes(self._cache.popitem(last=False)[1])
         return found
 
+    def together(self, matrices: Sequence[Matrix], format: Format) -> Encoded:
+        """Matrices of the same inputs, quantized as one whose rows are theirs in turn.
+
+        Args:
+            matrices: (out_i, in), not stacks; the statistics of the first hold for all.
+            format: not exact.
+
+        Raises:
+            BadInput: another tool quantized them, one by one.
+        """
+        if format in self._external:
+            raise BadInput(
+                f"weights in {format.name} come from another tool, whose codes are not known"
+            )
+        whole = torch.cat([self.reference(matrix) for matrix in matrices])
+        return self._encoded([whole], matrices[0], format)[0]
+
     def _read_back(self, matrix: Matrix, format: Format) -> tuple[Encoded, ...]:
         values = read_weight(self._external[format], matrix)
         if values.shape != (matrix.count * matrix.out_features, matrix.in_features):
@@ -107,14 +124,19 @@ class CandidateWeights:
         return tuple(read_back(part, format, matrix.name) for part in values.chunk(matrix.count))
 
     def _rounded(self, matrix: Matrix, format: Format) -> tuple[Encoded, ...]:
-        weight = self.reference(matrix)
-        if not all_finite(weight):
+        # One by one: a format may have a scale for a whole matrix.
+        return self._encoded(self.reference(matrix).chunk(matrix.count), matrix, format)
+
+    def _encoded(
+        self, weights: Sequence[Tensor], matrix: Matrix, format: Format
+    ) -> tuple[Encoded, ...]:
+        """(out, in) weights, each quantized with the statistics of a matrix."""
+        if not all(all_finite(weight) for weight in weights):
             raise BadInput(f"{matrix.name} holds NaN or infinite weights; repair the checkpoint")
         given: list[Any] = [self._importance.get(matrix.name)]
         if self._moments is not None:
             given.append(self._moment(matrix, self._moments))
-        # One by one: a format may have a scale for a whole matrix.
-        return tuple(self._quantizer(part, format, *given) for part in weight.chunk(matrix.count))
+        return tuple(self._quantizer(weight, format, *given) for weight in weights)
 
     def _moment(self, matrix: Matrix, moments: Moments) -> SecondMoment | None:
         moment = moments.get(matrix.name)

@@ -39,6 +39,7 @@ LOSSES: Mapping[str, str] = {
     "NAME_ONLY": "a configuration alone: the target quantizes again",
     "PREPARATION_DROPPED": "without its weights the model is not prepared as it was measured",
     "SCALE_FORMAT_CHANGED": "scales are stored in another format",
+    "SCALE_SHARED": "fused matrices are rounded again with one tensor scale",
     "SYM_COERCED": "symmetry is changed",
     "WIDTH_PROMOTED": "more bits",
     "WIDTH_UNSERVED": "the file holds it, but the engine has no kernel for it",

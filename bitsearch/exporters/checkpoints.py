@@ -14,6 +14,8 @@ from bitsearch.models.packed import persistent_buffers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bitsearch.quantizers.codec import Encoded
+
 Packed = Callable[[str, Any], dict[str, "Tensor"]]
 
 
@@ -24,6 +26,7 @@ def save_checkpoint(
     quantization_config: Mapping[str, Any],
     folder: Path,
     header: Mapping[str, str] | None = None,
+    encoded: Mapping[str, Encoded] | None = None,
 ) -> dict[str, int]:
     """Write every tensor of a model, its configuration and its tokenizer.
 
@@ -34,6 +37,7 @@ def save_checkpoint(
         quantization_config: goes into config.json.
         folder: where to.
         header: more of the metadata of each file.
+        encoded: matrices that are not quantized one by one, by tensor name.
 
     Returns:
         Bytes of the tensors in each file, read back.
@@ -49,6 +53,8 @@ def save_checkpoint(
         if format.exact:
             value = checkpoint.loaded.model.get_parameter(name).detach()
             tensors[name] = value.to("cpu", types[format.kind]).contiguous()
+        elif encoded is not None and name in encoded:
+            tensors |= packed(matrix.module, encoded[name])
         else:
             (quantized,) = checkpoint.weights.quantized(matrix, format)
             tensors |= packed(matrix.module, quantized)

@@ -1,57 +1,76 @@
 """compressed-tensors: the checkpoints of vLLM, SGLang and transformers.
 
 Without weights: `quantization_config.json`, and `recipe.yaml` for llm-compressor, which
-quantizes the model again. With weights: a checkpoint in the pack-quantized layout, whose
-codes, scales and zero points are the measured ones, bit for bit. Scales stay float16 in
-the file; an engine that runs in bfloat16 rounds them, by at most 2⁻⁹ of themselves.
+quantizes the model again. With weights: a checkpoint whose codes, scales and zero points
+are the measured ones, bit for bit; `compressed_schemes` has the layouts. Scales of integers
+stay float16 in the file; an engine that runs in bfloat16 rounds them, by at most 2⁻⁹ of
+themselves.
 
 Every module is named in full: a pattern such as `re:.*v_proj$` also matches the fused
 `qkv_proj` of an engine, and a class such as `Linear` beats names in SGLang. What stays at
 16 bits is listed in `ignore`, without which SGLang refuses the checkpoint.
+
+An engine that fuses NVFP4 matrices takes one of their tensor scales for all of them. Such
+sets are quantized as the one matrix that they become, and share its scale.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bitsearch.errors import BadInput
-from bitsearch.exporters.base import Checkpoint, Exporter, Reading, Translation
+from bitsearch.exporters.base import Checkpoint, Exporter, Loss, Reading, Translation
 from bitsearch.exporters.checkpoints import read_json, save_checkpoint
+from bitsearch.exporters.compressed_schemes import (
+    layout_of,
+    layout_of_all,
+    packed,
+    read_weights,
+    weight_arguments,
+)
 from bitsearch.exporters.fit import fit, fused_sets
 from bitsearch.exporters.matching import matching_modules
-from bitsearch.exporters.words import words
 from bitsearch.formats import BF16, Format
-from bitsearch.formats.integer import INT_BITS, IntFormat
 from bitsearch.policy import Policy, PolicyModule
 from bitsearch.targets.stored import compressed_tensors as stored_bytes
 from bitsearch.units import ModelLayout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bitsearch.quantizers.quantized import Quantized
+    from bitsearch.quantizers.codec import Encoded
+    from bitsearch.quantizers.levelled import Levelled
 
 CONFIG, RECIPE = "quantization_config.json", "recipe.yaml"
 
 
 def translate(policy: Policy) -> Translation:
-    """Integers as they are, but not of ragged groups; fused sets in one format."""
+    """Integers and floats as they are, but not of ragged groups; fused sets in one format."""
     formats, losses = fit(policy, "compressed-tensors", _refusal, fused=True)
+    losses += [
+        Loss("SCALE_SHARED", member, "a tensor scale of its own", f"one for {name}")
+        for name, members in _sharing(formats)
+        for member in members
+    ]
     size = policy.achieved.kept_bytes
     for tensor, module in policy.modules.items():
         size += module.count * stored_bytes(*module.shape, formats[tensor])
     return Translation(formats, tuple(losses), size)
 
 
+def _sharing(formats: Mapping[str, Format]) -> list[tuple[str, list[str]]]:
+    """Fused sets whose members have a scale for the whole matrix."""
+    return [(n, found) for n, found in fused_sets(formats) if formats[found[0]].kind == "nvfp4"]
+
+
 def _refusal(tensor: str, module: PolicyModule, format: Format) -> str:
-    """Why the layout does not hold a tensor in a format."""
+    """Why no layout holds a tensor in a format."""
     if format.exact:
         return ""
-    if not isinstance(format, IntFormat):
-        return "only integers are written"
+    if layout_of(format) is None:
+        return "integers, fp8, mxfp8, mxfp4 and nvfp4 are written"
     if not tensor.endswith(".weight"):
         return "stacked experts are not written"
     if module.role == "embedding":
@@ -74,34 +93,23 @@ def quantization_config(policy: Policy, formats: Mapping[str, Format]) -> dict[s
             ignore.append(name)
     tied = {name for names in policy.model.tied for name in names} - policy.modules.keys()
     ignore += [name.removesuffix(".weight") for name in sorted(tied)]
+    layouts = {format: layout_of(format) or "" for format in grouped}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layout_of_all(set(layouts.values())),
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{index}": {
                 "targets": names,
-                "weights": _weights(format),
+                "weights": weight_arguments(format),
                 "input_activations": None,
                 "output_activations": None,
-                "format": "pack-quantized",
+                "format": layouts[format],
             }
             for index, (format, names) in enumerate(grouped.items())
         },
         "ignore": [*ignore, *policy.excluded],
         "kv_cache_scheme": None,
-    }
-
-
-def _weights(format: Format) -> dict[str, Any]:
-    """The weight arguments of a scheme."""
-    return {
-        "num_bits": format.bits,
-        "type": "int",
-        "symmetric": format.symmetric,
-        "strategy": "channel" if format.group_size is None else "group",
-        "group_size": format.group_size,
-        "dynamic": False,
     }
 
 
@@ -119,22 +127,19 @@ def write(
         # JSON is YAML
         (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
         return {}
-    return save_checkpoint(checkpoint, translation, packed, config, folder)
+    shared = _shared(checkpoint, translation.formats)
+    return save_checkpoint(checkpoint, translation, packed, config, folder, encoded=shared)
 
 
-def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:
-    """The stored tensors of a matrix; `name` is the module's."""
-    import torch
-
-    format = quantized.format
-    found = {
-        f"{name}.weight_packed": words(quantized.codes, format.bits),
-        f"{name}.weight_scale": quantized.scales.cpu().contiguous(),
-        f"{name}.weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
-    }
-    if not format.symmetric:
-        zeros = words(quantized.zeros.T.contiguous(), format.bits)
-        found[f"{name}.weight_zero_point"] = zeros.T.contiguous()
+def _shared(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> dict[str, Encoded]:
+    """Members of fused sets with one tensor scale, by name; each set quantized as a whole."""
+    found: dict[str, Encoded] = {}
+    for _, members in _sharing(formats):
+        matrices = [checkpoint.matrices[name] for name in members]
+        whole = cast("Levelled", checkpoint.weights.together(matrices, formats[members[0]]))
+        heights = [matrix.out_features for matrix in matrices]
+        parts = zip(members, whole.codes.split(heights), whole.scales.split(heights), strict=True)
+        found |= {name: replace(whole, codes=c, scales=s) for name, c, s in parts}
     return found
 
 
@@ -152,7 +157,8 @@ def read(path: Path, layout: ModelLayout) -> Reading:
     modules = {m.module: m.name for unit in layout.units for m in unit.matrices}
     ignored = set(matching_modules(config.get("ignore") or [], layout))
     for group in (config.get("config_groups") or {}).values():
-        format = _read_weights(path, group.get("weights") or {})
+        format, note = read_weights(path, group.get("weights") or {})
+        notes += [note] if note else []
         if group.get("input_activations"):
             notes.append("activations are quantized")
         for module in matching_modules(group.get("targets") or [], layout):
@@ -164,18 +170,6 @@ def read(path: Path, layout: ModelLayout) -> Reading:
         if len({formats.get(member, BF16) for member in members}) > 1:
             notes.append(f"{name} is of several formats, which engines that fuse it refuse")
     return Reading(formats, notes=tuple(dict.fromkeys(notes)))
-
-
-def _read_weights(path: Path, weights: dict[str, Any]) -> Format:
-    """A format from the weight arguments of a scheme."""
-    bits: Any = weights.get("num_bits")
-    group: Any = weights.get("group_size")
-    kind, strategy = weights.get("type", "int"), weights.get("strategy")
-    grouped = strategy == "group" and isinstance(group, int) and group > 0
-    if kind != "int" or bits not in INT_BITS or not (grouped or strategy == "channel"):
-        raise BadInput(f"{path}: no format of ours is {bits}-bit {kind} by {strategy}")
-    size = group if grouped else None
-    return IntFormat("int", bits, size, bool(weights.get("symmetric", True)))
 
 
 EXPORTER = Exporter(

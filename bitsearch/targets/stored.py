@@ -34,12 +34,13 @@ def packed(rows: int, columns: int, format: Format) -> int:
 
 
 def compressed_tensors(rows: int, columns: int, format: Format) -> int:
-    """The pack-quantized layout of compressed-tensors 0.20.
+    """The layouts of compressed-tensors 0.20.
 
-    Codes fill 32-bit words along a row; a 16-bit scale a group; zero points, of asymmetric
-    formats, fill 32-bit words down a column of groups; the shape.
+    Integers (pack-quantized): codes fill 32-bit words along a row; a 16-bit scale a group;
+    zero points, of asymmetric formats, fill 32-bit words down a column of groups; the shape.
+    Floats: what the format counts.
     """
-    if format.exact:
+    if not isinstance(format, IntFormat):
         return format.bytes(rows, columns)
     groups = format.groups(columns)
     size = 4 * rows * _words(columns, format.bits) + 2 * rows * groups + _SHAPE_BYTES

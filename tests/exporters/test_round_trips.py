@@ -23,7 +23,8 @@ from bitsearch.units import ModelLayout
 
 # What the integer targets have in common, and what only some of them have.
 EXPRESSIBLE = {
-    "compressed-tensors": "int{2,3,4,5,6,7,8}-g{16,32,64,128}{,-sym},int{2,3,8}-row{,-sym},bf16",
+    "compressed-tensors": "int{2,3,4,5,6,7,8}-g{16,32,64,128}{,-sym},int{2,3,8}-row{,-sym},fp8,"
+    "mxfp4,mxfp8,bf16",
     "gptqmodel": "int{2,3,4,8}-g{16,32,64,128}{,-sym},int{2,3,8}-row{,-sym},bf16",
     "autoround": "int{2,3,4,8}-g{16,32,64,128}{,-sym},int{2,3,8}-row{,-sym},bf16",
     "modelopt": "nvfp4,int8-row-sym,int4-g{64,128}-sym,bf16",

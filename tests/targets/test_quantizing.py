@@ -35,13 +35,19 @@ FLOATS = {
     "4.self_attn.o_proj": "mxfp8",
     "5.self_attn.o_proj": "fp8",
 }
+MIXED = INTEGERS | {
+    **{f"3.self_attn.{m}_proj": "nvfp4" for m in "qkv"},
+    **{f"4.self_attn.{m}_proj": "mxfp4" for m in "qkv"},
+    **{f"3.mlp.{m}_proj": "fp8" for m in ("gate", "up")},
+    "3.mlp.down_proj": "mxfp8",
+}
 # (target, environment, package, file that the tool is given, policy)
 TOOLS = [
     ("gptqmodel", "export", "gptqmodel", "quantize_config.json", INTEGERS),
     ("autoround", "export", "auto-round", "layer_config.json", INTEGERS),
     ("torchao", "export", "torchao", "quantization_config.json", INTEGERS),
     ("modelopt", "export", "nvidia-modelopt", "recipe.yaml", FLOATS),
-    ("compressed-tensors", "llm-compressor", "llmcompressor", "recipe.yaml", INTEGERS),
+    ("compressed-tensors", "llm-compressor", "llmcompressor", "recipe.yaml", MIXED),
 ]
 
 
@@ -61,7 +67,7 @@ def test_what_a_tool_saves_is_the_policy(
     package: str, file: str, formats: dict[str, str],
 ) -> None:  # fmt: skip
     tools, path = environment(place), make_policy(formats)
-    config = written(path, target, tmp_path / "out", "ACT_QUANTIZED") / file
+    config = written(path, target, tmp_path / "out", "ACT_QUANTIZED", "SCALE_SHARED") / file
     script = "llmcompressor" if place == "llm-compressor" else target
     saved = tmp_path / "saved"
     tools.run("export_quantize.py", script, builtin_folder("tiny"), config, saved,

@@ -1,4 +1,7 @@
-"""Greedy tokens of a checkpoint that transformers opens: FOLDER DTYPE PROMPTS COUNT."""
+"""Greedy tokens of a checkpoint that transformers opens: FOLDER DTYPE PROMPTS COUNT.
+
+DTYPE `unpacked` opens it in bfloat16, has it unpacked, and computes in float32.
+"""
 
 import json
 import sys
@@ -9,7 +12,11 @@ from transformers import AutoModelForCausalLM
 
 def main() -> None:
     folder, dtype, prompts, count = sys.argv[1:5]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    opened = torch.bfloat16 if dtype == "unpacked" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=opened).eval()
+    if dtype == "unpacked":
+        model(torch.tensor([[0]]))
+        torch.nn.Module.float(model)  # transformers refuses it of quantized models
     found = []
     for prompt in json.loads(prompts):
         tokens = torch.tensor([prompt])
