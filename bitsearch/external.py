@@ -1,7 +1,8 @@
 """Checkpoints of other tools as candidates: `--external int4-g64=FOLDER`.
 
 The weights of a format are then those of the folder or GGUF file, by name; they are read
-when they are needed. What no policy decides (norms, biases) must be as in the model: a
+when they are needed. A folder holds values, or codes as compressed-tensors, GPTQ or
+AutoRound pack them. What no policy decides (norms, biases) must be as in the model: a
 tool that changed that too, such as AWQ with its scales in the norms, made another model.
 """
 
@@ -17,6 +18,7 @@ from bitsearch.models.layout import find_layout
 from bitsearch.models.load import load_model
 from bitsearch.models.source import Source, resolve, weight_files, with_weights
 from bitsearch.models.stored import open_stored
+from bitsearch.models.unpacked import open_unpacked
 from bitsearch.models.weights import Parameters
 from bitsearch.run import check_same, file_sha256
 from bitsearch.settings import ExternalFiles
@@ -65,7 +67,8 @@ def open_external(
     for name, files in external.items():
         source = with_weights(resolve(files.path))
         check_same(files.sha256, _hashes(source), source.where, "sha256")
-        parameters: Parameters | None = open_stored(source, model, device)
+        parameters: Parameters | None = open_unpacked(source, model, device)
+        parameters = parameters or open_stored(source, model, device)
         if parameters is None:
             parameters = load_model(source, dtype="float32", device=device).model
         _check(parameters, reference, kept, source.where)

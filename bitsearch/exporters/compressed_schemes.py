@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bitsearch.errors import BadInput
-from bitsearch.exporters.words import words
 from bitsearch.formats import Format, parse_format
 from bitsearch.formats.integer import INT_BITS, IntFormat
+from bitsearch.quantizers.words import words
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from bitsearch.exporters.words import words
 from bitsearch.formats import Format
 from bitsearch.formats.integer import IntFormat
 from bitsearch.policy import PolicyModule
+from bitsearch.quantizers.words import words
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -89,7 +89,7 @@ def open_stored(
         return None
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    stored = _listed(source)
+    stored = listed_tensors(source)
     changes = get_model_conversion_mapping(model)
     if any(change.rename_source_key(key)[1] is not None for change in changes for key in stored):
         return None
@@ -117,7 +117,7 @@ def open_stored(
     return StoredParameters(places, device)
 
 
-def _listed(source: Source) -> dict[str, tuple[Path, list[int], str]]:
+def listed_tensors(source: Source) -> dict[str, tuple[Path, list[int], str]]:
     """File, shape and type of every stored tensor."""
     from safetensors import SafetensorError, safe_open
 

@@ -58,6 +58,23 @@ def test_same_weights_give_the_same_search(cli: Any, place: Any, theirs: Path) -
     assert "cannot be packed" in cli(*told).complaint(4)
 
 
+def test_codes_that_another_tool_packed_are_read(cli: Any, place: Any, tmp_path: Path) -> None:
+    """Ours as compressed-tensors holds them; the embedding is none of its matrices."""
+    asked = ("--candidates", "int4-row,bf16", "--freeze", "model.embed_tokens=bf16")
+    own = cli(*place.search("8bpw", *asked), "--json").json
+    policy, packed = tmp_path / "policy.json", tmp_path / "packed"
+    everything = ("--freeze", "model.layers.*=int4-row", "--freeze", "model.embed_tokens=bf16")
+    shutil.rmtree(place.run)
+    assert cli(*place.search("8bpw", "--candidates", "int4-row,bf16", *everything)).code == 0
+    shutil.copy(place.run / "policy.json", policy)
+    told = ("--model", place.model, "--to", "compressed-tensors", "--out", packed)
+    statistics = next(place.run.glob("*.safetensors"))
+    assert cli("export", policy, *told, "--statistics", statistics).code == 0
+    shutil.rmtree(place.run)
+    found = cli(*place.search("8bpw", *asked, "--external", f"int4-row={packed}"), "--json").json
+    assert (found["kl"], found["bytes"]) == (own["kl"], own["bytes"])
+
+
 def test_other_weights_give_another_result(
     cli: Any, place: Any, theirs: Path, tmp_path: Path
 ) -> None:
