@@ -69,7 +69,8 @@ def batch_partition(shapes: Sequence[Shape], m: int, processors: int) -> BatchPa
     row_tiles = -(-len(pairs) // WARPS)
     plan = np.full(row_tiles * WARPS, _NONE, np.int32)
     plan[: len(pairs)] = pairs
-    cols = 4 if m <= 32 else 8
+    # With several groups a tile, sums of 64 rows of x do not fit into a thread's registers.
+    cols = 4 if m <= 32 or any(shape.groups > 1 for shape in shapes) else 8
     column_tiles = -(-m // (8 * cols))
     tiles = shapes[0].tiles
 

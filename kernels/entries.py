@@ -17,6 +17,7 @@ from bitsearch.kernels.planes import Shape
 
 TYPES = {torch.float16: "Half", torch.bfloat16: "BFloat"}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+_REGISTERS = 65536  # of a multiprocessor
 
 
 class Segment(ctypes.Structure):
@@ -95,10 +96,18 @@ def kinds(shapes: Iterable[Shape]) -> tuple[Kind, ...]:
 
 
 def stream(dtype: torch.dtype, m: int, kinds: Sequence[Kind], tuning: Tuning) -> str:
-    """The streaming kernel for up to 8 or 16 rows of x."""
+    """The streaming kernel for up to 8 or 16 rows of x.
+
+    Its registers are bounded so far that a multiprocessor holds the next launch's blocks too,
+    which then begin early; as far as the compiler manages without memory for them.
+    """
     parameters = f"{TYPES[dtype]}, {1 if m <= 8 else 2}, {tuning.warps}, {tuning.stages}"
-    bounds = f"{32 * tuning.warps}, {tuning.resident}"
-    return _entry("stream", f"Stream<{parameters}, {_list(kinds)}>", "StreamArgs", bounds)
+    grouped = any(zeros and groups > 1 for _, groups, zeros in kinds)
+    needed = 128 if m > 8 or len(kinds) > 3 else 80 if grouped else 64
+    threads = 32 * tuning.warps
+    blocks = max(1, tuning.resident, _REGISTERS // (needed * threads))
+    worker = f"Stream<{parameters}, {_list(kinds)}>"
+    return _entry("stream", worker, "StreamArgs", f"{threads}, {blocks}")
 
 
 def tokens(dtype: torch.dtype) -> str:

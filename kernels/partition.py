@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bitsearch.errors import BadInput
 from bitsearch.kernels.planes import COLUMNS, ROWS, Shape
 
-_PIECE_BYTES = 8 * 20 * 4  # of 8 rows of x: 8 · PIECE_PITCH floats of stream.cuh
+_PIECE_BYTES = 20 * 4  # sums of an item, of one row of x: PIECE_PITCH floats of stream.cuh
 # Bytes read in the time that an item takes besides, and where ranges of columns meet.
 _ITEM_COST, _SPLIT_COST = 256, 2048
 
@@ -72,9 +72,9 @@ def partition(
     tiles = shapes[0].tiles
     workers = processors * tuning.resident
     blocks = sum(shape.blocks for shape in shapes)
-    # A ring must have room for two pieces of sums.
-    pieces = 2 * _PIECE_BYTES * _columns(m)
-    slot = max(-(-pieces // tuning.stages // 16) * 16, *(lane_bytes(shape) for shape in shapes))
+    # A ring must have room for the sums of an item.
+    piece = -(-_PIECE_BYTES * m // tuning.stages // 16) * 16
+    slot = max(piece, *(lane_bytes(shape) for shape in shapes))
     limit = shared_limit // tuning.resident - 1024
     mean = sum(shape.nbytes for shape in shapes) / (blocks * tiles)
     best: tuple[float, int] | None = None
@@ -126,14 +126,10 @@ def lane_bytes(shape: Shape) -> int:
 
 
 def _shared_bytes(m: int, tiles: int, splits: int, slot: int, capacity: int, tuning: Tuning) -> int:
-    items = _align(4 * (2 * capacity + 1))
+    items = _align(4 * (2 * capacity + 4))
+    heads = _align(tuning.warps * _PIECE_BYTES * m)
     ring = tuning.warps * tuning.stages * slot
-    return items + ring + m * (-(-tiles // splits) * 2 * COLUMNS + 64)
-
-
-def _columns(m: int) -> int:
-    """Units of 8 rows of x."""
-    return -(-m // 8)
+    return items + heads + ring + m * (-(-tiles // splits) * 2 * COLUMNS + 64)
 
 
 def _align(size: int) -> int:

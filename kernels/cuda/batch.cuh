@@ -49,6 +49,7 @@ struct Batch {
 
     const BatchArgs& args;
     const int thread, lane, warp, split, row_tile, column, first, count;
+    const u32 base;
     u32 ring;
 
     // Row tiles go fastest: blocks that share x run together.
@@ -56,16 +57,17 @@ struct Batch {
         : args(a),
           thread(thread_index()),
           lane(thread % 32),
-          warp(thread / 32),
+          warp(same(thread / 32)),
           split(block_index() % a.splits),
           row_tile(block_index() / a.splits % a.row_tiles),
           column(block_index() / a.splits / a.row_tiles * 8 * COLS),
           first(a.tiles * split / a.splits),
           count(a.tiles * (split + 1) / a.splits - first),
-          ring(STAGES * X_BYTES + warp * STAGES * a.slot_bytes) {}
+          base(shared_base()),
+          ring(base + STAGES * X_BYTES + warp * STAGES * a.slot_bytes) {}
 
     DEVICE void run() {
-        const u32 item = args.plan[row_tile * WARPS + warp];
+        const u32 item = u32(same(int(args.plan[row_tile * WARPS + warp])));
         Sums total = {};
         bool found = false;
         if (item != ~0u) {
@@ -122,7 +124,7 @@ struct Batch {
     // Both kinds of copies of a stage are one group; this one closes it.
     DEVICE void fetch_x(int tile) {
         if (tile < count) {
-            const u32 to = tile % STAGES * X_BYTES;
+            const u32 to = base + tile % STAGES * X_BYTES;
 #pragma unroll
             for (int i = thread; i < 8 * COLS * 8 * SIZE; i += 32 * WARPS) {
                 const int row = i / (8 * SIZE), piece = i % (8 * SIZE);
@@ -143,7 +145,7 @@ struct Batch {
         for (int b = 0; b < 2; ++b) {
             const u32 to = slot<K>(tile % STAGES, b);
             const u8* from = blocks[b] + (first + tile) * (long long)K::TILE_BYTES;
-            const u8* meta = K::meta(blocks[b], first + tile, args.tiles);
+            const u8* meta = K::meta(from, args.tiles - first - tile);
             copy_tile<K>(to, lane, from, meta);
         }
     }
@@ -157,8 +159,8 @@ struct Batch {
         Tile<K::BITS> weights[2];
 #pragma unroll
         for (int b = 0; b < 2; ++b)
-            weights[b].load(lane, [&](u32 at) { return &shared<u8>(slot<K>(stage, b) + at); });
-        const u32 own = stage * X_BYTES + lane / 4 * X_PITCH + lane % 4 * 16;
+            weights[b].load(lane, Shared{slot<K>(stage, b)});
+        const u32 own = base + stage * X_BYTES + lane / 4 * X_PITCH + lane % 4 * 16;
         Sums sum = {};
 #pragma unroll
         for (int unit = 0; unit < 4; ++unit) {
@@ -171,9 +173,10 @@ struct Batch {
             for (int b = 0; b < 2; ++b) {
                 u32 zero[2] = {0, 0};
                 if constexpr (K::ASYMMETRIC) {
-                    const Group group = group_of<K>(slot<K>(stage, b), lane, index);
+                    float minus[2];
+                    zeros_of<K>(slot<K>(stage, b), lane, index).minus(minus);
                     for (int half = 0; half < 2; ++half)
-                        zero[half] = to_pair<T>(-group.zero[half], -group.zero[half]);
+                        zero[half] = to_pair<T>(minus[half], minus[half]);
                 }
 #pragma unroll
                 for (int step = 0; step < 2; ++step) {
@@ -191,11 +194,11 @@ struct Batch {
                                step ? right[c].w : right[c].y);
                 }
                 if ((unit + 1) * K::GROUPS % 4 == 0) {
-                    const Group group = group_of<K>(slot<K>(stage, b), lane, index);
+                    const Scales scales = scales_of<K>(slot<K>(stage, b), lane, index);
 #pragma unroll
                     for (int i = 0; i < 4 * COLS; ++i) {
                         float& all = total[b][i / 4][i % 4];
-                        all = multiply_add(group.scale[i % 4 / 2], sum[b][i / 4][i % 4], all);
+                        all = multiply_add(scales.of[i % 4 / 2], sum[b][i / 4][i % 4], all);
                         sum[b][i / 4][i % 4] = 0;
                     }
                 }
@@ -209,8 +212,8 @@ struct Batch {
         Tile<K::BITS> weights[2];
 #pragma unroll
         for (int b = 0; b < 2; ++b)
-            weights[b].load(lane, [&](u32 at) { return &shared<u8>(slot<K>(stage, b) + at); });
-        const u32 own = stage * X_BYTES + lane / 4 * X_PITCH + lane % 4 * 8;
+            weights[b].load(lane, Shared{slot<K>(stage, b)});
+        const u32 own = base + stage * X_BYTES + lane / 4 * X_PITCH + lane % 4 * 8;
         const u32 ones[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
         int sum[2][COLS][4] = {}, sum_x[COLS][4] = {};
 #pragma unroll
@@ -232,16 +235,19 @@ struct Batch {
                 for (int c = 0; c < COLS; ++c)
                     mma_bytes(sum[b][c], left, right[c].x, right[c].y);
                 if ((unit + 1) * K::GROUPS % 4 == 0) {
-                    const Group group =
-                        group_of<K>(slot<K>(stage, b), lane, unit * K::GROUPS / 4);
+                    const int index = unit * K::GROUPS / 4;
+                    const Scales scales = scales_of<K>(slot<K>(stage, b), lane, index);
+                    float zero[2] = {0, 0};
+                    if constexpr (K::ASYMMETRIC)
+                        zeros_of<K>(slot<K>(stage, b), lane, index).minus(zero);
 #pragma unroll
                     for (int i = 0; i < 4 * COLS; ++i) {
                         const int c = i / 4, half = i % 4 / 2;
                         float value = float(sum[b][c][i % 4]) * top;
                         if constexpr (K::ASYMMETRIC)
-                            value = multiply_add(-group.zero[half], float(sum_x[c][i % 4]), value);
+                            value = multiply_add(zero[half], float(sum_x[c][i % 4]), value);
                         float& all = total[b][c][i % 4];
-                        all = multiply_add(group.scale[half], value, all);
+                        all = multiply_add(scales.of[half], value, all);
                         sum[b][c][i % 4] = 0;
                     }
                 }
@@ -266,19 +272,21 @@ struct Batch {
         if (thread == 0) {
             const u32 before = atomic_add(args.arrived + tile, 1);
             if (before == u32(last)) args.arrived[tile] = 0;
-            shared<u32>(0) = before;
+            share(base, before);
         }
         sync_block();
-        if (shared<u32>(0) != u32(last)) return;
+        if (shared<u32>(base) != u32(last)) return;
         fence();
         const float* all =
             args.partial + (long long)tile * args.splits * values * 32 * WARPS + thread;
+        for (int i = 0; i < values; ++i) total[i / (4 * COLS)][i / 4 % COLS][i % 4] = 0;
+        for (int s = 0; s < args.splits; ++s, all += values * 32 * WARPS) {
+            // A range's sums are all asked for before one of them is needed.
+            float part[values];
 #pragma unroll
-        for (int i = 0; i < values; ++i) {
-            float value = 0;
-            for (int s = 0; s < args.splits; ++s)
-                value += load_through(all + ((long long)s * values + i) * 32 * WARPS);
-            total[i / (4 * COLS)][i / 4 % COLS][i % 4] = value;
+            for (int i = 0; i < values; ++i) part[i] = load_through(all + i * 32 * WARPS);
+#pragma unroll
+            for (int i = 0; i < values; ++i) total[i / (4 * COLS)][i / 4 % COLS][i % 4] += part[i];
         }
         write_all(item, total);
     }

@@ -40,24 +40,40 @@ DEVICE constexpr u32 offset_bits(int place) {
 }
 DEVICE constexpr u32 both(u32 half) { return half << 16 | half; }
 
+// Where a tile lies.
+struct Shared {
+    u32 start;
+    template <class Value>
+    DEVICE Value at(u32 offset) const {
+        return shared<Value>(start + offset);
+    }
+};
+struct Global {
+    const u8* start;
+    template <class Value>
+    DEVICE Value at(u32 offset) const {
+        return *reinterpret_cast<const Value*>(start + offset);
+    }
+};
+
 // The words of one lane and tile.
 template <int BITS>
 struct Tile {
     u32 words[2 * BITS];
 
-    // Takes them from where `at(bytes)` says that a tile's bytes lie.
-    template <class At>
-    DEVICE void load(int lane, At at) {
+    // Takes them from a tile's bytes, in `Shared` or `Global` memory.
+    template <class From>
+    DEVICE void load(int lane, From from) {
 #pragma unroll
         for (int piece = 0; piece < BITS / 2; ++piece) {
-            const Words4 four = *reinterpret_cast<const Words4*>(at(piece * 512 + lane * 16));
+            const Words4 four = from.template at<Words4>(piece * 512 + lane * 16);
             words[4 * piece] = four.x;
             words[4 * piece + 1] = four.y;
             words[4 * piece + 2] = four.z;
             words[4 * piece + 3] = four.w;
         }
         if constexpr (BITS & 1) {
-            const Words2 two = *reinterpret_cast<const Words2*>(at(BITS / 2 * 512 + lane * 8));
+            const Words2 two = from.template at<Words2>(BITS / 2 * 512 + lane * 8);
             words[2 * BITS - 2] = two.x;
             words[2 * BITS - 1] = two.y;
         }

@@ -33,19 +33,19 @@ struct Dequantize {
     template <class K>
     DEVICE void write(const Segment& segment, const u8* from, int tile, int block) {
         const int g = lane / 4, t = lane % 4;
-        const u8* meta = K::meta(from, tile, args.tiles);
         const u8* planes = from + tile * (long long)K::TILE_BYTES;
+        const u8* meta = K::meta(planes, args.tiles - tile);
         Tile<K::BITS> weights;
-        weights.load(lane, [&](u32 at) { return planes + at; });
+        weights.load(lane, Global{planes});
 #pragma unroll
         for (int unit = 0; unit < 4; ++unit) {
             const int index = unit * K::GROUPS / 4;
-            const u32 scales = *reinterpret_cast<const u32*>(meta + (g * K::GROUPS + index) * 4);
-            u32 zeros = 0;
-            if constexpr (K::ASYMMETRIC)
-                zeros = *reinterpret_cast<const u16*>(meta + 32 * K::GROUPS + g * K::ZERO_BYTES +
-                                                      2 * index);
-            const Group group(scales, zeros, K::ASYMMETRIC ? 1 << (K::BITS - 1) : 0);
+            const Scales scales(*reinterpret_cast<const u32*>(meta + (g * K::GROUPS + index) * 4));
+            float zero[2] = {0, 0};
+            if constexpr (K::ASYMMETRIC) {
+                const u8* at = meta + 32 * K::GROUPS + g * K::ZERO_BYTES + 2 * index;
+                Zeros<K>(*reinterpret_cast<const u16*>(at)).minus(zero);
+            }
             const int column = tile * 128 + unit * 32 + t * 8;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -55,9 +55,9 @@ struct Dequantize {
                 for (int i = 0; i < 4; ++i) {
                     // Registers 0 and 2 of either step are row g, 1 and 3 row g+8.
                     const u32 pair = weights.template decode<Half>(8 * unit + 2 * i + half);
-                    const float low = to_float<Half>(pair & 0xFFFF) - group.zero[half];
-                    const float high = to_float<Half>(pair >> 16) - group.zero[half];
-                    out[i] = to_pair<T>(low * group.scale[half], high * group.scale[half]);
+                    const float low = to_float<Half>(pair & 0xFFFF) + zero[half];
+                    const float high = to_float<Half>(pair >> 16) + zero[half];
+                    out[i] = to_pair<T>(low * scales.of[half], high * scales.of[half]);
                 }
                 if (inside < segment.rows) store(segment.row + inside, column, out);
             }

@@ -22,6 +22,7 @@ namespace host {
 struct Warp {
     pthread_barrier_t barrier;
     u32 a[32][4], b[32][2];
+    int given[32];
 };
 struct Block {
     pthread_barrier_t barrier;
@@ -132,12 +133,26 @@ inline int thread_index() { return host::self.index; }
 inline int block_index() { return host::self.block_index; }
 inline int block_size() { return host::self.block_size; }
 inline int block_count() { return host::self.block_count; }
+inline u32 shared_base() { return 0; }
 template <class Value>
 Value& shared(u32 at) {
     return *reinterpret_cast<Value*>(host::self.block->shared + at);
 }
+template <class Value>
+void share(u32 at, Value value) {
+    shared<Value>(at) = value;
+}
 inline void sync_block() { pthread_barrier_wait(&host::self.block->barrier); }
 inline void sync_warp() { pthread_barrier_wait(&host::self.warp->barrier); }
+inline int same(int value) {
+    host::Warp& warp = *host::self.warp;
+    warp.given[host::self.index % 32] = value;
+    pthread_barrier_wait(&warp.barrier);
+    const int first = warp.given[0];
+    pthread_barrier_wait(&warp.barrier);
+    if (value != first) std::abort();  // a GPU goes on with one lane's
+    return first;
+}
 inline void fence() {}
 inline u32 atomic_add(u32* where, u32 value) {
     return __atomic_fetch_add(where, value, __ATOMIC_ACQ_REL);

@@ -31,14 +31,62 @@ DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_size() { return blockDim.x; }
 DEVICE int block_count() { return gridDim.x; }
-// Shared memory is addressed by 32-bit offsets: half the arithmetic of pointers.
-template <class Value>
-DEVICE Value& shared(u32 at) {
+// Shared memory is addressed by the 32-bit numbers that its instructions take, from here on: they
+// add a constant offset themselves, which they do not to a pointer's base.
+DEVICE u32 shared_base() {
     extern __shared__ __align__(128) u8 bytes[];
-    return *reinterpret_cast<Value*>(bytes + at);
+    return static_cast<u32>(__cvta_generic_to_shared(bytes));
+}
+template <class Value>
+DEVICE Value shared(u32 at);
+template <>
+DEVICE u16 shared<u16>(u32 at) {
+    u16 value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at) : "memory");
+    return value;
+}
+template <>
+DEVICE u32 shared<u32>(u32 at) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+    return value;
+}
+template <>
+DEVICE float shared<float>(u32 at) {
+    return __uint_as_float(shared<u32>(at));
+}
+template <>
+DEVICE Words2 shared<Words2>(u32 at) {
+    Words2 value;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
+                 : "r"(at)
+                 : "memory");
+    return value;
+}
+template <>
+DEVICE Words4 shared<Words4>(u32 at) {
+    Words4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(at)
+                 : "memory");
+    return value;
+}
+DEVICE void share(u32 at, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+}
+DEVICE void share(u32 at, float value) { share(at, __float_as_uint(value)); }
+DEVICE void share(u32 at, Words4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
 }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
+// A value that all lanes of a warp have, asked for by all: it then takes a register of the warp, not
+// of each lane.
+DEVICE int same(int value) { return __shfl_sync(~0u, value, 0); }
 DEVICE void fence() { __threadfence(); }
 DEVICE u32 atomic_add(u32* where, u32 value) { return atomicAdd(where, value); }
 // Past the first-level cache, which another block's writes do not reach.
@@ -57,22 +105,19 @@ DEVICE void let_next_kernel_start() {
 }
 
 // Asynchronous copies of 16, 8 or 4 bytes to shared memory.
-DEVICE u32 shared_address(u32 at) {
-    return static_cast<u32>(__cvta_generic_to_shared(&shared<u8>(at)));
-}
 template <int BYTES>
 DEVICE void copy(u32 to, const u8* from) {
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
                      "l"(from)
                      : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)),
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to),
                      "l"(from), "n"(BYTES)
                      : "memory");
 }
 DEVICE void copy_or_zero(u32 to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
                  "l"(from), "r"(inside ? 16 : 0)
                  : "memory");
 }

@@ -30,22 +30,32 @@ struct Kind {
     DEVICE static bool is(const Segment& s) {
         return s.bits == BITS_ && s.groups == GROUPS_ && bool(s.asymmetric) == ASYMMETRIC;
     }
-    // Scales begin here, [g][group][rows g, g+8]; then the zero points.
-    DEVICE static const u8* meta(const u8* block, int tile, int tiles) {
-        return block + (ROWWISE ? tiles * (long long)TILE_BYTES
-                                : tile * (long long)TILE_BYTES + 256 * BITS);
+    // Scales begin here, [g][group][rows g, g+8]; then the zero points. Of a tile that has `left`
+    // tiles of its block from itself on.
+    DEVICE static const u8* meta(const u8* tile, int left) {
+        return tile + (ROWWISE ? left * (long long)TILE_BYTES : 256 * BITS);
     }
 };
 
-// Scales and zero points of rows g and g+8 in one group.
-struct Group {
-    float scale[2], zero[2];
+// Of rows g and g+8 in one group.
+struct Scales {
+    float of[2];
 
-    DEVICE Group(u32 scales, u32 zeros, int middle) {
-        scale[0] = to_float<Half>(scales & 0xFFFF);
-        scale[1] = to_float<Half>(scales >> 16);
-        zero[0] = float(int(zeros & 0xFF) - middle);
-        zero[1] = float(int(zeros >> 8 & 0xFF) - middle);
+    DEVICE explicit Scales(u32 word)
+        : of{to_float<Half>(word & 0xFFFF), to_float<Half>(word >> 16)} {}
+};
+// Zero points less 2^(bits−1).
+template <class K>
+struct Zeros {
+    int of[2];
+
+    DEVICE explicit Zeros(u32 word) {
+        for (int half = 0; half < 2; ++half)
+            of[half] = int(word >> 8 * half & 0xFF) - (1 << (K::BITS - 1));
+    }
+    // What is to be added to a code.
+    DEVICE void minus(float (&zero)[2]) const {
+        for (int half = 0; half < 2; ++half) zero[half] = float(-of[half]);
     }
 };
 
@@ -76,9 +86,10 @@ DEVICE void copy_tile(u32 to, int lane, const u8* planes, const u8* meta) {
         copy<K::ZERO_BYTES>(to + zeros_at<K>(lane), meta + 32 * K::GROUPS + g * K::ZERO_BYTES);
 }
 template <class K>
-DEVICE Group group_of(u32 slot, int lane, int index) {
-    const u32 scales = shared<u32>(slot + scales_at<K>(lane) + 4 * index);
-    u32 zeros = 0;
-    if constexpr (K::ASYMMETRIC) zeros = shared<u16>(slot + zeros_at<K>(lane) + 2 * index);
-    return Group(scales, zeros, K::ASYMMETRIC ? 1 << (K::BITS - 1) : 0);
+DEVICE Scales scales_of(u32 slot, int lane, int index) {
+    return Scales(shared<u32>(slot + scales_at<K>(lane) + 4 * index));
+}
+template <class K>
+DEVICE Zeros<K> zeros_of(u32 slot, int lane, int index) {
+    return Zeros<K>(shared<u16>(slot + zeros_at<K>(lane) + 2 * index));
 }

@@ -32,112 +32,116 @@ DEVICE u32 align(u32 bytes) { return (bytes + 127) / 128 * 128; }
 
 template <class T, int COLS, int WARPS, int STAGES, class... Kinds>
 struct Stream {
-    static constexpr u32 PIECE_BYTES = 8 * COLS * PIECE_PITCH * 4;
     using Sums = float[COLS][4];
 
+    // What the parts of a kernel read again from the start of shared memory, so that no register
+    // holds it meanwhile: number of items, first tile and number of tiles of this range, x_pitch.
+    enum Word : u32 { ITEM_COUNT, FIRST, COUNT, PITCH, ITEMS };
+
     const StreamArgs& args;
-    const int thread, lane, warp, split, first, count;
-    // Offsets in shared memory: rings, this warp's, x; items begin at 4.
-    u32 rings, ring, x, x_pitch;
-    int item_count, tile_count;
+    const int thread, lane, warp;
+    const u32 base, heads, rings, ring, x;
 
     DEVICE explicit Stream(const StreamArgs& a)
         : args(a),
           thread(thread_index()),
           lane(thread % 32),
-          warp(thread / 32),
-          split(block_index() % a.splits),
-          first(a.tiles * split / a.splits),
-          count(a.tiles * (split + 1) / a.splits - first) {
-        rings = align(4 * (2 * a.capacity + 1));
-        ring = rings + warp * ring_bytes();
-        x = rings + WARPS * ring_bytes();
-        // 64 bytes more than a multiple of 128: rows of x lie in different banks.
-        x_pitch = (a.tiles + a.splits - 1) / a.splits * 256 + 64;
-    }
+          warp(same(thread / 32)),
+          base(shared_base()),
+          heads(base + align(4 * (ITEMS + 2 * a.capacity))),
+          rings(heads + align(WARPS * head_bytes())),
+          ring(rings + warp * ring_bytes()),
+          x(rings + WARPS * ring_bytes()) {}
 
+    DEVICE u32 head_bytes() const { return 4 * PIECE_PITCH * args.m; }
     DEVICE u32 ring_bytes() const { return STAGES * args.slot_bytes; }
-    DEVICE u32 item_at(int index) const { return shared<u32>(4 + 4 * index); }
+    DEVICE int read(Word word) const { return same(int(shared<u32>(base + 4 * word))); }
+    DEVICE u32 item_at(int index) const { return shared<u32>(base + 4 * (ITEMS + index)); }
+    // Asked for by all lanes of a warp.
+    DEVICE u32 same_item(int index) const { return u32(same(int(item_at(index)))); }
     DEVICE const Segment& segment_of(u32 item) const { return args.segments[item >> 24]; }
     // Where the part of a warp begins in the row of all tiles.
-    DEVICE int part(int w) const { return tile_count * w / WARPS; }
+    DEVICE static int part(int w, int tiles) { return tiles * w / WARPS; }
 
     DEVICE void run() {
+        const int split = block_index() % args.splits;
+        if (thread == 0) {
+            const int first = args.tiles * split / args.splits;
+            share(base + 4 * FIRST, u32(first));
+            share(base + 4 * COUNT, u32(args.tiles * (split + 1) / args.splits - first));
+            // 64 bytes more than a multiple of 128: rows of x lie in different banks.
+            const u32 most = (args.tiles + args.splits - 1) / args.splits;
+            share(base + 4 * PITCH, most * 256 + 64);
+        }
+        const u32* plan = args.plan + block_index() * (args.capacity + 1);
         for (int i = thread; i < args.capacity + 1; i += 32 * WARPS)
-            shared<u32>(4 * i) = args.plan[block_index() * (args.capacity + 1) + i];
+            share(base + 4 * (i ? ITEMS + i - 1 : ITEM_COUNT), plan[i]);
         sync_block();
-        item_count = int(shared<u32>(0));
-        tile_count = item_count * count;
-        const int begin = part(warp), end = part(warp + 1);
-        Ahead ahead{};
-        ahead.slot = ring;
-        ahead.left = end - begin;
-        ahead.item = begin / count - 1;
-        ahead.tile = begin % count;
-        for (int stage = 0; stage < STAGES - 1; ++stage) prefetch(ahead);
+        const int length = read(COUNT), all = read(ITEM_COUNT) * length;
+        int index = same(part(warp, all) / length), tile = same(part(warp, all) % length);
+        int rest = same(part(warp + 1, all) - part(warp, all));
+        Ahead ahead{nullptr, index, length - tile, rest};
+        if (rest) open(ahead);
+        u32 slot = ring;
+        for (int stage = 0; stage < STAGES; ++stage) {
+            prefetch(ahead, slot);
+            slot = next_slot(slot);
+        }
+        let_next_kernel_start();
         wait_for_previous_kernel();
         load_x();
-        sync_block();
-        let_next_kernel_start();
-        Sums head = {}, total = {};
-        u32 slot = ring;
-        int tile = begin % count;
-        bool whole = true;
-        for (int done = begin; done < end;) {
-            const int left = end - done < count - tile ? end - done : count - tile;
-            const u32 item = item_at(done / count);
-            const Segment& segment = segment_of(item);
-            for (int i = 0; i < 4 * COLS; ++i) total[i / 4][i % 4] = 0;
-            ((Kinds::is(segment) ? walk<Kinds>(ahead, slot, tile, left, total) : void()), ...);
-            whole = left == count;
-            if (whole) {
-                each(total, [&](int row, int column, float value) {
-                    keep(segment, item & 0xFFFFFF, row, column, value);
-                });
-            } else if (tile) {
-                for (int i = 0; i < 4 * COLS; ++i) head[i / 4][i % 4] = total[i / 4][i % 4];
-            }
-            done += left;
-            tile = 0;
-        }
         copy_wait<0>();
-        sync_warp();
-        // The ring is empty now, and holds the sums of the first and the last item instead.
-        if (begin % count) store(ring, head);
-        if (!whole && end - begin >= end % count) store(ring + PIECE_BYTES, total);
+        sync_block();
+        for (; rest; ++index, tile = 0) {
+            const int own = read(COUNT) - tile, left = rest < own ? rest : own;
+            rest -= left;
+            const bool whole = left == read(COUNT), is_head = tile;
+            const Segment& segment = segment_of(same_item(index));
+            Sums total = {};
+            ((Kinds::is(segment) ? walk<Kinds>(ahead, slot, tile, left, total) : void()), ...);
+            // Items that other warps share are laid down: the first of this warp's part apart, the
+            // last where the ring was, which is empty now.
+            if (whole) {
+                const u32 item = same_item(index);
+                each(total, [&](int row, int column, float value) {
+                    keep(segment_of(item), item & 0xFFFFFF, row, column, value);
+                });
+            } else if (is_head) {
+                store(heads + warp * head_bytes(), total);
+            } else {
+                sync_warp();
+                store(ring, total);
+            }
+        }
         sync_block();
         add_pieces();
         if (args.splits > 1) meet();
     }
 
-    // The next tile to be copied, and the slot that it goes to.
+    // The next tile to be copied: of which item, tiles of the item and of all from it on.
     struct Ahead {
-        const u8 *planes, *meta;
-        int item, tile, left;
-        u32 slot;
-        bool opened;
+        const u8* planes;
+        int index, until, left;
     };
 
-    DEVICE void prefetch(Ahead& ahead) {
+    // Copies a tile to a slot that nobody needs any more.
+    DEVICE void prefetch(Ahead& ahead, u32 slot) const {
         if (ahead.left) {
-            if (!ahead.opened || ahead.tile == count) {
-                if (ahead.opened) ahead.tile = 0;
-                ahead.opened = true;
-                const u32 item = item_at(++ahead.item);
-                const Segment& segment = segment_of(item);
-                ((Kinds::is(segment) ? open<Kinds>(segment, item & 0xFFFFFF, ahead) : void()), ...);
+            if (ahead.until == 0) {
+                ++ahead.index;
+                ahead.until = read(COUNT);
+                open(ahead);
             }
             if constexpr (sizeof...(Kinds) == 1) {
-                (fetch<Kinds>(ahead), ...);
+                (fetch<Kinds>(ahead, slot), ...);
             } else {
-                const Segment& segment = segment_of(item_at(ahead.item));
-                ((Kinds::is(segment) ? fetch<Kinds>(ahead) : void()), ...);
+                const Segment& segment = segment_of(same_item(ahead.index));
+                ((Kinds::is(segment) ? fetch<Kinds>(ahead, slot) : void()), ...);
             }
-            ++ahead.tile;
+            --ahead.until;
             --ahead.left;
         }
         copy_commit();
-        ahead.slot = next_slot(ahead.slot);
     }
 
     DEVICE u32 next_slot(u32 slot) const {
@@ -145,58 +149,65 @@ struct Stream {
         return slot == ring + ring_bytes() ? ring : slot;
     }
 
-    template <class K>
-    DEVICE void open(const Segment& segment, u32 number, Ahead& ahead) {
-        const u8* block = args.data + segment.offset + number * (long long)segment.block_bytes;
-        const int tile = first + ahead.tile;
-        ahead.planes = block + tile * (long long)K::TILE_BYTES;
-        ahead.meta = K::meta(block, tile, args.tiles);
+    DEVICE void open(Ahead& ahead) const {
+        const u32 item = same_item(ahead.index);
+        const Segment& segment = segment_of(item);
+        const u8* block =
+            args.data + segment.offset + (item & 0xFFFFFF) * (long long)segment.block_bytes;
+        const int tile = read(FIRST) + read(COUNT) - ahead.until;
+        ((Kinds::is(segment) ? void(ahead.planes = block + tile * (long long)Kinds::TILE_BYTES)
+                             : void()),
+         ...);
     }
 
     template <class K>
-    DEVICE void fetch(Ahead& ahead) {
-        copy_tile<K>(ahead.slot, lane, ahead.planes, ahead.meta);
+    DEVICE void fetch(Ahead& ahead, u32 slot) const {
+        int left = 0;
+        if constexpr (K::ROWWISE) left = args.tiles - read(FIRST) - read(COUNT) + ahead.until;
+        copy_tile<K>(slot, lane, ahead.planes, K::meta(ahead.planes, left));
         ahead.planes += K::TILE_BYTES;
-        if constexpr (!K::ROWWISE) ahead.meta += K::TILE_BYTES;
     }
 
-    DEVICE void load_x() {
-        const int start = first * 128, width = count * 128;
+    // All rows are under way before the first is waited for.
+    DEVICE void load_x() const {
+        const int start = read(FIRST) * 128, width = read(COUNT) * 128, pitch = read(PITCH);
         const bool aligned = args.columns % 8 == 0 && args.x_stride % 8 == 0;
         for (int row = 0; row < args.m; ++row) {
+            const u16* from = args.x + (long long)row * args.x_stride + start;
             for (int column = thread * 8; column < width; column += 256 * WARPS) {
-                const u16* from = args.x + (long long)row * args.x_stride + start + column;
-                Words4 value = {0, 0, 0, 0};
+                const u32 to = x + row * pitch + column * 2;
                 if (aligned) {
-                    if (start + column < args.columns)
-                        value = *reinterpret_cast<const Words4*>(from);
+                    const bool inside = start + column < args.columns;
+                    copy_or_zero(to, inside ? from + column : args.x, inside);
                 } else {
                     u32 pairs[4] = {0, 0, 0, 0};
                     for (int k = 0; k < 8; ++k) {
                         if (start + column + k < args.columns)
-                            pairs[k / 2] |= u32(from[k]) << k % 2 * 16;
+                            pairs[k / 2] |= u32(from[column + k]) << k % 2 * 16;
                     }
-                    value = {pairs[0], pairs[1], pairs[2], pairs[3]};
+                    share(to, Words4{pairs[0], pairs[1], pairs[2], pairs[3]});
                 }
-                shared<Words4>(x + row * x_pitch + column * 2) = value;
             }
         }
+        copy_commit();
     }
 
     // `left` tiles of an item from `tile` on.
     template <class K>
     DEVICE void walk(Ahead& ahead, u32& slot, int tile, int left, Sums& total) {
-        const int g = lane / 4, t = lane % 4;
+        const int g = lane / 4, t = lane % 4, pitch = read(PITCH);
         u32 own[COLS];
         // Columns past m repeat the last one: nothing reads what becomes of them.
         for (int c = 0; c < COLS; ++c) {
             const int column = c * 8 + g < args.m ? c * 8 + g : args.m - 1;
-            own[c] = x + column * x_pitch + tile * 256 + t * 16;
+            own[c] = x + column * pitch + tile * 256 + t * 16;
         }
         for (; left > 0; --left) {
-            copy_wait<STAGES - 2>();
+            copy_wait<STAGES - 1>();
             multiply<K>(slot, own, total);
-            prefetch(ahead);
+            // A tile of another width lies otherwise: over what other lanes read of this one.
+            if constexpr (sizeof...(Kinds) > 1) sync_warp();
+            prefetch(ahead, slot);
             slot = next_slot(slot);
             for (int c = 0; c < COLS; ++c) own[c] += 256;
         }
@@ -205,7 +216,7 @@ struct Stream {
     template <class K>
     DEVICE void multiply(u32 slot, const u32 (&own)[COLS], Sums& total) {
         Tile<K::BITS> weights;
-        weights.load(lane, [&](u32 at) { return &shared<u8>(slot + at); });
+        weights.load(lane, Shared{slot});
         const u32 ones[4] = {both(T::one), both(T::one), both(T::one), both(T::one)};
         Sums sum = {}, sum_x = {};
 #pragma unroll
@@ -228,15 +239,17 @@ struct Stream {
                 }
             }
             if ((unit + 1) * K::GROUPS % 4 == 0) {
-                const int index = (unit + 1) * K::GROUPS / 4 - 1;
-                const Group group = group_of<K>(slot, lane, index);
+                const int index = unit * K::GROUPS / 4;
+                const Scales scales = scales_of<K>(slot, lane, index);
+                float zero[2] = {0, 0};
+                if constexpr (K::ASYMMETRIC) zeros_of<K>(slot, lane, index).minus(zero);
 #pragma unroll
                 for (int i = 0; i < 4 * COLS; ++i) {
                     const int c = i / 4, half = i % 4 / 2;
                     float value = sum[c][i % 4];
                     if constexpr (K::ASYMMETRIC)
-                        value = multiply_add(-group.zero[half], sum_x[c][i % 4], value);
-                    total[c][i % 4] = multiply_add(group.scale[half], value, total[c][i % 4]);
+                        value = multiply_add(zero[half], sum_x[c][i % 4], value);
+                    total[c][i % 4] = multiply_add(scales.of[half], value, total[c][i % 4]);
                     sum[c][i % 4] = sum_x[c][i % 4] = 0;
                 }
             }
@@ -254,73 +267,79 @@ struct Stream {
     }
     DEVICE void store(u32 piece, const Sums& sums) const {
         each(sums, [&](int row, int column, float value) {
-            shared<float>(piece + (column * PIECE_PITCH + row) * 4) = value;
+            share(piece + (column * PIECE_PITCH + row) * 4, value);
         });
     }
-
-    // Every item that several warps share: a warp adds up all pieces of an item.
-    DEVICE void add_pieces() {
-        for (int i = warp; i < item_count; i += WARPS) {
-            const int start = i * count, stop = start + count;
-            int w = int((long long)start * WARPS / tile_count);
-            while (part(w + 1) <= start) ++w;
-            if (part(w) <= start && part(w + 1) >= stop) continue;
-            const u32 item = item_at(i);
-            for (int output = lane; output < 16 * args.m; output += 32) {
-                float value = 0;
-                for (int other = w; other < WARPS && part(other) < stop; ++other) {
-                    const u32 piece = rings + other * ring_bytes() +
-                                      (part(other) > start ? 0 : PIECE_BYTES);
-                    if (part(other + 1) > part(other))
-                        value += shared<float>(piece + (output / 16 * PIECE_PITCH + output % 16) * 4);
-                }
-                keep(segment_of(item), item & 0xFFFFFF, output % 16, output / 16, value);
+    // Every item that several warps share: a thread adds up all pieces of an output.
+    DEVICE void add_pieces() const {
+        const int length = read(COUNT), items = read(ITEM_COUNT), all = items * length;
+        for (int i = thread; i < items * 16 * args.m; i += 32 * WARPS) {
+            const int index = i / 16 / args.m, column = i / 16 % args.m, row = i % 16;
+            const int start = index * length, stop = start + length;
+            int w = start * WARPS / all;
+            while (part(w + 1, all) <= start) ++w;
+            if (part(w, all) <= start && part(w + 1, all) >= stop) continue;
+            float value = 0;
+            for (; w < WARPS && part(w, all) < stop; ++w) {
+                const u32 piece =
+                    part(w, all) > start ? heads + w * head_bytes() : rings + w * ring_bytes();
+                if (part(w + 1, all) > part(w, all))
+                    value += shared<float>(piece + (column * PIECE_PITCH + row) * 4);
             }
+            const u32 item = item_at(index);
+            keep(segment_of(item), item & 0xFFFFFF, row, column, value);
         }
     }
 
     // A sum of all columns becomes an output; one of a range of them waits for the others.
-    DEVICE void keep(const Segment& segment, int block, int row, int column, float value) {
+    DEVICE void keep(const Segment& segment, int block, int row, int column, float value) const {
         if (args.splits == 1) {
             write(segment, block, row, column, value);
         } else {
+            const int split = block_index() % args.splits;
             const long long at = (long long)(segment.block + block) * args.splits + split;
             args.partial[at * 16 * args.m + column * 16 + row] = value;
         }
     }
 
     // The range of columns that comes last adds all of them up.
-    DEVICE void meet() {
-        const u32 last = args.splits - 1, seen = 4 + 4 * args.capacity;
+    DEVICE void meet() const {
+        const int all = read(ITEM_COUNT), outputs = 16 * args.m;
+        const u32 last = args.splits - 1, seen = base + 4 * (ITEMS + args.capacity);
         fence();
         sync_block();
-        for (int i = thread; i < item_count; i += 32 * WARPS) {
+        for (int i = thread; i < all; i += 32 * WARPS) {
             const u32 item = item_at(i);
             u32* arrived = args.arrived + segment_of(item).block + (item & 0xFFFFFF);
             const u32 before = atomic_add(arrived, 1);
             if (before == last) *arrived = 0;
-            shared<u32>(seen + 4 * i) = before;
+            share(seen + 4 * i, before);
         }
         sync_block();
         fence();
-        const int outputs = 16 * args.m;
-        for (int i = warp; i < item_count; i += WARPS) {
-            if (shared<u32>(seen + 4 * i) != last) continue;
-            const u32 item = item_at(i);
+        for (int i = thread; i < all * outputs; i += 32 * WARPS) {
+            const int index = i / outputs, output = i % outputs;
+            if (shared<u32>(seen + 4 * index) != last) continue;
+            const u32 item = item_at(index);
             const Segment& segment = segment_of(item);
             const int block = item & 0xFFFFFF;
             const float* from =
-                args.partial + (long long)(segment.block + block) * args.splits * outputs;
-            for (int output = lane; output < outputs; output += 32) {
-                float value = 0;
-                for (int s = 0; s < args.splits; ++s)
-                    value += load_through(from + s * outputs + output);
-                write(segment, block, output % 16, output / 16, value);
+                args.partial + (long long)(segment.block + block) * args.splits * outputs + output;
+            float value = 0;
+            // Eight at a time are under way; they are added up in order.
+            for (int s = 0; s < args.splits; s += 8) {
+                float part[8];
+#pragma unroll
+                for (int k = 0; k < 8; ++k)
+                    part[k] = s + k < args.splits ? load_through(from + (s + k) * outputs) : 0;
+#pragma unroll
+                for (int k = 0; k < 8; ++k) value += part[k];
             }
+            write(segment, block, output % 16, output / 16, value);
         }
     }
 
-    DEVICE void write(const Segment& segment, int block, int row, int column, float value) {
+    DEVICE void write(const Segment& segment, int block, int row, int column, float value) const {
         const int inside = block * 16 + row;
         if (inside >= segment.rows) return;
         const int at = segment.row + inside;

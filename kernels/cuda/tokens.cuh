@@ -17,17 +17,15 @@ DEVICE void quantize_token(const TokenArgs& args) {
     float most = 0;
     for (int i = thread_index(); i < args.columns; i += block_size())
         most = largest(most, magnitude(to_float<T>(x[i])));
-    shared<float>(4 * thread_index()) = most;
+    const u32 base = shared_base(), own = base + 4 * thread_index();
+    share(own, most);
     for (int half = block_size() / 2; half > 0; half /= 2) {
         sync_block();
-        if (thread_index() < half) {
-            const float other = shared<float>(4 * (thread_index() + half));
-            shared<float>(4 * thread_index()) =
-                largest(shared<float>(4 * thread_index()), other);
-        }
+        if (thread_index() < half)
+            share(own, largest(shared<float>(own), shared<float>(own + 4 * half)));
     }
     sync_block();
-    const float scale = shared<float>(0) / 127, inverse = scale > 0 ? 1 / scale : 0;
+    const float scale = shared<float>(base) / 127, inverse = scale > 0 ? 1 / scale : 0;
     if (thread_index() == 0) args.scales[block_index()] = scale;
     u32* out = reinterpret_cast<u32*>(args.out + (long long)block_index() * args.out_stride);
     for (int four = thread_index(); four < args.out_stride / 4; four += block_size()) {

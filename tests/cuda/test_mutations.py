@@ -22,14 +22,15 @@ KERNELS = ("batch.cuh", "dequantize.cuh", "stream.cuh", "tokens.cuh")
 BARRIER = re.compile(r"sync_block\(\);|sync_warp\(\);|copy_wait<[^>]*>\(\);")
 # (file, what is checked, what stands there instead); each occurs once.
 MASKS = [
-    ("stream.cuh", "if (start + column < args.columns)\n", "if (true)\n"),
+    ("stream.cuh", "inside = start + column < args.columns;", "inside = true;"),
     ("stream.cuh", "if (start + column + k < args.columns)", "if (true)"),
     ("stream.cuh", "c * 8 + g < args.m ? c * 8 + g : args.m - 1", "c * 8 + g"),
     ("stream.cuh", "if (column < args.m) f", "f"),
     ("stream.cuh", "if (inside >= segment.rows) return;", ""),
-    ("stream.cuh", "if (part(w) <= start && part(w + 1) >= stop) continue;", ""),
-    ("stream.cuh", "part(other) > start ? 0 : PIECE_BYTES", "PIECE_BYTES"),
-    ("stream.cuh", "if (shared<u32>(seen + 4 * i) != last)", "if (shared<u32>(seen + 4 * i) != 0)"),
+    ("stream.cuh", "if (part(w, all) <= start && part(w + 1, all) >= stop) continue;", ""),
+    ("stream.cuh", "part(w, all) > start ? heads + w * head_bytes() :", ""),
+    ("stream.cuh", "if (shared<u32>(seen + 4 * index) != last)", "if (shared<u32>(seen + 4 * index))"),
+    ("stream.cuh", "s + k < args.splits ? load_through(from + (s + k) * outputs) : 0", "load_through(from + (s + k) * outputs)"),
     ("stream.cuh", "if (before == last) *arrived = 0;", ""),
     ("stream.cuh", "if (ahead.left) {", "{"),
     ("batch.cuh", "int(number) + b < last ? int(number) + b : last", "int(number) + b"),
@@ -38,7 +39,7 @@ MASKS = [
     ("batch.cuh", "if (tile >= count) return;", ""),
     ("batch.cuh", "if (inside >= segment.rows || at >= args.m) continue;", ""),
     ("batch.cuh", "if (!found) idle();", ""),
-    ("batch.cuh", "if (shared<u32>(0) != u32(last)) return;", "if (shared<u32>(0)) return;"),
+    ("batch.cuh", "if (shared<u32>(base) != u32(last)) return;", "if (shared<u32>(base)) return;"),
     ("batch.cuh", "if (before == u32(last)) args.arrived[tile] = 0;", ""),
     ("dequantize.cuh", "if (inside < segment.rows) store", "store"),
     ("dequantize.cuh", "if (column < args.columns)\n", "if (true)\n"),
@@ -47,7 +48,7 @@ MASKS = [
     ("tokens.cuh", "if (thread_index() < half)", "if (true)"),
 ]  # fmt: skip
 # Nothing is under way there any more: they stand for the reader, and no case can miss them.
-IDLE = {("batch.cuh", "copy_wait<0>();"), ("stream.cuh", "copy_wait<0>();")}
+IDLE = {("batch.cuh", "copy_wait<0>();")}
 
 
 def _barriers() -> list[tuple[str, int]]:
