@@ -9,6 +9,7 @@ All in bfloat16. Times are those of CUDA graphs.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import time
 from collections.abc import Callable
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 
 STABILITY = Stability(spread=0.05, drift=0.03, error=(0.05, 0.10, 0.98))
 _MOST_COPIES = 64
-_LEAST_LAUNCHES = 24  # of a graph, so that its start does not count
+_LEAST_LAUNCHES = 24  # of a graph
+_WARM_SECONDS = 0.02  # under load, until clocks have risen
+_LEAST_NANOSECONDS = 1e6  # of a sample, so that the start of its graph does not count
 
 
 class Cuda:
@@ -164,10 +167,15 @@ class CudaTimed:
         self.error = float((runs[0]().double() - want).abs().max() / want.abs().max())
         del want, exact
         torch.cuda.synchronize()
-        self._replay = Replay(runs * -(-_LEAST_LAUNCHES // len(runs)))
+        runs *= -(-_LEAST_LAUNCHES // len(runs))
+        self._replay = Replay(runs)
+        until, took = time.perf_counter() + _WARM_SECONDS, 0.0
+        while time.perf_counter() < until:
+            took = self._replay.sample()
+        self._replays = max(1, math.ceil(_LEAST_NANOSECONDS / (took * len(runs))))
 
     def sample(self) -> float:
-        return self._replay.sample()
+        return self._replay.sample(self._replays)
 
     def close(self) -> None:
         self._replay.close()

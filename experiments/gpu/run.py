@@ -30,6 +30,8 @@ STEPS = {
     "conformance": "correct",
     "sanitizer": "correct",
     "tuning": "speed",
+    "kinds": "speed",
+    "counters": "counters",
     "grid": "speed",
     "segments": "stack",
     "stack": "stack",

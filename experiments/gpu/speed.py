@@ -65,10 +65,12 @@ def rotated(weight: Fused) -> list[Fused]:
 TUNINGS = [
     Tuning(*values)
     for values in (
-        (16, 4, 1), (16, 3, 1), (16, 6, 1), (8, 4, 2), (8, 6, 2), (8, 8, 1), (12, 4, 1), (24, 3, 1),
+        (16, 4, 1), (16, 3, 1), (16, 2, 1), (16, 6, 1), (12, 4, 1), (12, 3, 1), (8, 4, 2),
+        (8, 6, 2), (8, 6, 1), (8, 8, 1), (24, 3, 1),
     )
 ]  # fmt: skip
-TUNED_WIDTHS = (4, 2, 3, 8)
+# By width: group size, symmetry, and the widths that take what it finds.
+TUNED_WIDTHS = {4: (4, 5), 2: (1, 2), 3: (3,), 6: (6, 7), 8: (8,)}
 
 
 def wanted() -> list[str]:
@@ -76,6 +78,8 @@ def wanted() -> list[str]:
     found = []
     for bits, m, how in itertools.product(TUNED_WIDTHS, (1, 16), TUNINGS):
         found.append(entries.stream(torch.bfloat16, m, ((bits, 1, False),), how))
+        if bits in (2, 4):
+            found.append(entries.stream(torch.bfloat16, m, ((bits, 2, True),), how))
     every = itertools.product(entries.TYPES, range(1, 9), (0, 1, 2, 4), (False, True))
     for dtype, bits, groups, zeros in every:
         kinds = ((bits, groups, zeros),)
@@ -83,9 +87,9 @@ def wanted() -> list[str]:
         found.append(entries.dequantize(dtype, kinds))
     for bits, (groups, zeros) in itertools.product(range(1, 9), BATCHED):
         kinds = ((bits, groups, zeros),)
-        found += [entries.batch(torch.bfloat16, cols, kinds) for cols in (4, 8)]
-        found.append(entries.batch(torch.float16, 8, kinds))
-        found.append(entries.batch(torch.bfloat16, 8, kinds, integers=True))
+        for cols in (4, 8) if groups < 2 else (4,):
+            found += [entries.batch(dtype, cols, kinds) for dtype in entries.TYPES]
+            found.append(entries.batch(torch.bfloat16, cols, kinds, integers=True))
     return list(dict.fromkeys(found))
 
 
@@ -121,42 +125,55 @@ def tuning(result: dict[str, Any]) -> None:
     """How the kernel is best built, by width and rows of x; later steps of this run use it."""
     for bits, (name, (rows, columns)) in itertools.product(TUNED_WIDTHS, SHAPES.items()):
         part: Part = (rows, bits, 128, True)
-        weights = rotated(random_fused([part], columns, bits))
-        for m in (1, 16):
-            tried = random.Random(0).sample(TUNINGS, len(TUNINGS))
-            for how, overlap in itertools.product(tried, (True, False)):
-                if not overlap and how != Tuning():
-                    continue
-                row: dict[str, Any] = {
-                    "shape": name, "bits": bits, "m": m, "overlap": overlap,
-                    "tuning": _numbers(how), "bytes": weights[0].nbytes,
-                }  # fmt: skip
-                try:
-                    replay = loop(weights, m, torch.bfloat16, how, overlap)
-                except Exception as error:
-                    row["failed"] = f"{type(error).__name__}: {error}"
-                else:
-                    replay.sample()
-                    row |= spread([replay.sample() for _ in range(5)])
-                    replay.close()
-                result["rows"].append(row)
+        _tried(result, name, part, columns)
+        if bits in (2, 4):
+            _tried(result, name, (rows, bits, 64, False), columns)
     for bits, m in itertools.product(TUNED_WIDTHS, (1, 16)):
         rows_ = [r for r in result["rows"] if (r["bits"], r["m"]) == (bits, m)]
-        best = min(TUNINGS, key=lambda how: _score(rows_, how))
-        for near in {4: (4, 5), 2: (1, 2), 3: (3,), 8: (6, 7, 8)}[bits]:
-            launches.TUNED[m // 8 or 1, near] = best
-        times = {
-            r["shape"]: (r["us"], round(r["bytes"] / 3e6, 2))
-            for r in rows_
-            if r.get("us")
-            and r["overlap"]
-            and r["tuning"] == [best.warps, best.stages, best.resident]
-        }
-        print(f"int{bits} m={m}: {best}, us and bytes at 3 TB/s: {times}", flush=True)
+        for symmetric in (True, False):
+            own = [r for r in rows_ if r["symmetric"] is symmetric]
+            if not own:
+                continue
+            best = min(TUNINGS, key=lambda how: _score(own, how))
+            if symmetric:
+                for near in TUNED_WIDTHS[bits]:
+                    launches.TUNED[m // 8 or 1, near] = best
+            for how in sorted(TUNINGS, key=lambda how: _score(own, how))[:4]:
+                times = [
+                    (r["shape"], r["us"])
+                    for r in own
+                    if r.get("us") and r["overlap"] and r["tuning"] == _numbers(how)
+                ]
+                print(f"int{bits} symmetric={symmetric} m={m}: {how}, {times}", flush=True)
     _compiled(followers())
     result["tuned"] = {
         f"{cols},{bits}": _numbers(how) for (cols, bits), how in launches.TUNED.items()
     }
+
+
+def _tried(result: dict[str, Any], name: str, part: Part, columns: int) -> None:
+    """Every tuning of one matrix, in random order."""
+    _, bits, _, symmetric = part
+    weights = rotated(random_fused([part], columns, bits))
+    for m in (1, 16):
+        for how, overlap in itertools.product(
+            random.Random(0).sample(TUNINGS, len(TUNINGS)), (True, False)
+        ):
+            if not overlap and how != Tuning():
+                continue
+            row: dict[str, Any] = {
+                "shape": name, "bits": bits, "symmetric": symmetric, "m": m, "overlap": overlap,
+                "tuning": _numbers(how), "bytes": weights[0].nbytes,
+            }  # fmt: skip
+            try:
+                replay = loop(weights, m, torch.bfloat16, how, overlap)
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"
+            else:
+                replay.sample()
+                row |= spread([replay.sample() for _ in range(5)])
+                replay.close()
+            result["rows"].append(row)
 
 
 def _numbers(how: Tuning) -> list[int]:
@@ -199,6 +216,36 @@ def grid(result: dict[str, Any]) -> None:
                 replay.close()
             result["rows"].append(row)
     print_grid(result["rows"])
+
+
+def kinds(result: dict[str, Any]) -> None:
+    """The kernels for more than 16 rows of x beside each other: batch, dequantize, bytes."""
+    for (name, (rows, columns)), bits in itertools.product(SHAPES.items(), (2, 4, 8)):
+        weights = rotated(random_fused([(rows, bits, 128, True)], columns, bits))
+        for m in (1, 17, 32, 64, 128, 256, 2048):
+            x = random_input(m, columns, torch.bfloat16)
+            out = torch.empty(m, rows, dtype=torch.bfloat16, device="cuda")
+            ways: dict[str, Callable[[Fused], object]] = {
+                "bytes": partial(matmul, x, integers=True, overlap=True),
+                "dequantize": lambda weight, x=x: linear(x, launches.dequantize(weight, x.dtype)),
+            }
+            if 16 < m <= 256:
+                ways["batch"] = lambda weight, x=x, out=out: launches.batch(
+                    x, weight, None, out, overlap=True
+                )
+            for kernel, way in ways.items():
+                row: dict[str, Any] = {"shape": name, "bits": bits, "m": m, "kernel": kernel}
+                turns = max(1, 24 // len(weights)) if m <= 256 else 1
+                runs = weights * turns if m <= 256 else weights[:4]
+                replay = Replay([partial(way, weight) for weight in runs])
+                replay.sample()
+                result["rows"].append(row | spread([replay.sample() for _ in range(5)]))
+                replay.close()
+    found = {(r["shape"], r["bits"], r["m"], r["kernel"]): r["us"] for r in result["rows"]}
+    for name, bits in itertools.product(SHAPES, (2, 4, 8)):
+        for kernel in ("batch", "dequantize", "bytes"):
+            times = [found.get((name, bits, m, kernel)) for m in (1, 17, 32, 64, 128, 256, 2048)]
+            print(f"{name} int{bits} {kernel}: {times}", flush=True)
 
 
 def _swapped(product: Callable[..., object], weight: object, x: torch.Tensor) -> object:
