@@ -48,17 +48,19 @@ def test_mlx_continues_as_the_measured_model_does(
 ) -> None:
     model, policy, folder = written
     tools, measured = environment("mlx"), fake(policy, model)
-    prompts = measured.prompts(texts)
-    expected = measured.tokens(prompts, COUNT)
     for dtype in ("float32", "float16"):
-        found = tools.run("mlx_tokens.py", folder, dtype, json.dumps(prompts), COUNT)
+        # on a CPU, MLX takes 20 seconds a token of smollm2-135m in float16
+        slow = dtype == "float16" and model != "tiny"
+        prompts, count = measured.prompts(texts[:1] if slow else texts), 6 if slow else COUNT
+        expected = measured.tokens(prompts, count)
+        found = tools.run("mlx_tokens.py", folder, dtype, json.dumps(prompts), count)
         equal = sum(same(mine, theirs) for mine, theirs in zip(expected, found, strict=True))
         below = measured.shortfall(prompts, found)
         record(
             "mlx",
             tools.version("mlx"),
             f"{model}, searched policy, greedy tokens in {dtype}",
-            f"{equal} of {COUNT * len(prompts)} until the first difference; at most {below:.3f} "
+            f"{equal} of {count * len(prompts)} until the first difference; at most {below:.3f} "
             "logits below the best token",
         )
         # of two tokens as good as each other, either may be taken

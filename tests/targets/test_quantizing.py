@@ -13,7 +13,12 @@ from bitsearch.exporters.checkpoints import tensor_bytes
 from bitsearch.exporters.pipeline import export_policy, import_policy
 from bitsearch.formats import parse_format
 from bitsearch.models.builtin import builtin_folder
-from bitsearch.policy import load_policy
+from bitsearch.models.layout import skeleton
+from bitsearch.models.load import load_model, open_layout
+from bitsearch.models.source import resolve
+from bitsearch.models.unpacked import open_unpacked
+from bitsearch.policy import Policy, load_policy
+from bitsearch.quantizers.external import read_back
 from bitsearch.targets.stored import STORED
 
 Make = Callable[[Mapping[str, str]], Path]
@@ -84,6 +89,38 @@ def test_what_a_tool_saves_is_the_policy(
         assert tensor_bytes(saved / "model.safetensors") == predicted
     record(target, tools.version(package), "quantizes by our configuration, saved and imported",
            "the same policy")  # fmt: skip
+    if target in ("gptqmodel", "autoround", "compressed-tensors"):
+        furthest = unpacked_error(saved, load_policy(path))
+        record(target, tools.version(package), "what it quantized, read by `--external`",
+               f"within {furthest:.1f} steps of the weights, root mean square")  # fmt: skip
+
+
+def unpacked_error(saved: Path, policy: Policy) -> float:
+    """Root mean square error of a matrix in steps of its format, at most of all.
+
+    A step is what codes of that many bits make of ±2.5 standard deviations; of floats, what
+    the last bit of a weight of one standard deviation is worth.
+    """
+    layout, config, source = open_layout("tiny")
+    original = load_model(source, dtype="float32").model
+    found = open_unpacked(resolve(str(saved)), skeleton(config), "cpu")
+    assert found is not None
+    furthest = 0.0
+    for matrix in (m for unit in layout.units for m in unit.matrices):
+        format, weight = policy.format_of(matrix.name), original.get_parameter(matrix.name).detach()
+        values = found.get_parameter(matrix.name)
+        if format.exact:
+            step = 2**-7
+        elif format.kind == "int":
+            read_back(values, format, matrix.name)
+            step = 5 / 2**format.bits
+        else:
+            step = 2**-3 if format.bits == 8 else 2**-1
+        error = float((values - weight).square().mean().sqrt()) / float(weight.std())
+        furthest = max(furthest, error / step)
+    # a zero point that is read one off moves all weights by a step
+    assert furthest < 0.6
+    return furthest
 
 
 def test_bitsandbytes(environment: Any, record: Any, make_policy: Make, tmp_path: Path) -> None:
