@@ -21,7 +21,7 @@ from typing import Any
 from bitsearch.errors import BadInput
 from bitsearch.exporters.base import Checkpoint, Exporter, Reading, Translation
 from bitsearch.exporters.checkpoints import read_json, save_checkpoint
-from bitsearch.exporters.fit import fit
+from bitsearch.exporters.fit import checkpoint_bytes, fit
 from bitsearch.exporters.gptq_layout import packing, refusal
 from bitsearch.exporters.reading import read_integer
 from bitsearch.formats import Format
@@ -36,9 +36,7 @@ _PATTERN = set(r"*+?^$()[]{}|\\")
 def translate(policy: Policy) -> Translation:
     """Integers of 2, 3, 4 and 8 bits; fused sets in one format."""
     formats, losses = fit(policy, "autoround", refusal, fused=True)
-    size = policy.achieved.kept_bytes
-    for tensor, module in policy.modules.items():
-        size += module.count * stored_bytes(*module.shape, formats[tensor])
+    size = checkpoint_bytes(policy, formats, stored_bytes)
     return Translation(formats, tuple(losses), size)
 
 

@@ -32,7 +32,7 @@ from bitsearch.exporters.compressed_schemes import (
     read_weights,
     weight_arguments,
 )
-from bitsearch.exporters.fit import fit, fused_sets
+from bitsearch.exporters.fit import checkpoint_bytes, fit, fused_sets, linear_refusal
 from bitsearch.exporters.matching import matching_modules
 from bitsearch.formats import BF16, Format
 from bitsearch.policy import Policy, PolicyModule
@@ -54,9 +54,7 @@ def translate(policy: Policy) -> Translation:
         for name, members in _sharing(formats)
         for member in members
     ]
-    size = policy.achieved.kept_bytes
-    for tensor, module in policy.modules.items():
-        size += module.count * stored_bytes(*module.shape, formats[tensor])
+    size = checkpoint_bytes(policy, formats, stored_bytes)
     return Translation(formats, tuple(losses), size)
 
 
@@ -71,13 +69,7 @@ def _refusal(tensor: str, module: PolicyModule, format: Format) -> str:
         return ""
     if layout_of(format) is None:
         return "integers, fp8, mxfp8, mxfp4 and nvfp4 are written"
-    if not tensor.endswith(".weight"):
-        return "stacked experts are not written"
-    if module.role == "embedding":
-        return "embeddings stay at 16 bits"
-    if format.group_size and module.shape[1] % format.group_size:
-        return f"groups of {format.group_size} do not divide rows of {module.shape[1]}"
-    return ""
+    return linear_refusal(tensor, module, format)
 
 
 def quantization_config(policy: Policy, formats: Mapping[str, Format]) -> dict[str, Any]:

@@ -56,6 +56,26 @@ def fit(
     return formats, losses
 
 
+def linear_refusal(tensor: str, module: PolicyModule, format: Format) -> str:
+    """Why no checkpoint of linear layers in whole groups holds a tensor in a format."""
+    if not tensor.endswith(".weight"):
+        return "stacked experts are not written"
+    if module.role == "embedding":
+        return "embeddings stay at 16 bits"
+    if format.group_size and module.shape[1] % format.group_size:
+        return f"groups of {format.group_size} do not divide rows of {module.shape[1]}"
+    return ""
+
+
+def checkpoint_bytes(
+    policy: Policy, formats: Mapping[str, Format], matrix: Callable[[int, int, Format], int]
+) -> int:
+    """Bytes of all tensors: what is kept, and each matrix by its layout's count."""
+    modules = policy.modules.items()
+    sizes = (m.count * matrix(*m.shape, formats[tensor]) for tensor, m in modules)
+    return policy.achieved.kept_bytes + sum(sizes)
+
+
 def fused_sets(tensors: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     """Sets of tensors that engines concatenate, each with the fused module's name."""
     known = set(tensors)

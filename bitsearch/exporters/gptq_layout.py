@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from bitsearch.exporters.fit import linear_refusal
 from bitsearch.formats import Format
 from bitsearch.formats.integer import IntFormat
 from bitsearch.policy import PolicyModule
@@ -30,12 +31,8 @@ def refusal(tensor: str, module: PolicyModule, format: Format) -> str:
         return ""
     if not isinstance(format, IntFormat) or format.bits not in BITS:
         return f"only integers of {', '.join(map(str, BITS))} bits are written"
-    if not tensor.endswith(".weight"):
-        return "stacked experts are not written"
-    if module.role == "embedding":
-        return "embeddings stay at 16 bits"
-    if format.group_size and columns % format.group_size:
-        return f"groups of {format.group_size} do not divide rows of {columns}"
+    if reason := linear_refusal(tensor, module, format):
+        return reason
     if rows % 32 or columns % 32:
         return f"{rows} × {columns} is not a multiple of 32"
     return ""

@@ -23,7 +23,7 @@ from typing import Any
 from bitsearch.errors import BadInput
 from bitsearch.exporters.base import Checkpoint, Exporter, Reading, Translation
 from bitsearch.exporters.checkpoints import read_json, save_checkpoint
-from bitsearch.exporters.fit import fit, fused_sets
+from bitsearch.exporters.fit import checkpoint_bytes, fit, fused_sets
 from bitsearch.exporters.gptq_layout import packing, refusal
 from bitsearch.exporters.reading import read_integer
 from bitsearch.formats import Format
@@ -37,9 +37,7 @@ CONFIG = "quantize_config.json"
 def translate(policy: Policy) -> Translation:
     """Integers of 2, 3, 4 and 8 bits; fused sets in one format."""
     formats, losses = fit(policy, "gptqmodel", refusal, fused=True)
-    size = policy.achieved.kept_bytes
-    for tensor, module in policy.modules.items():
-        size += module.count * stored_bytes(*module.shape, formats[tensor])
+    size = checkpoint_bytes(policy, formats, stored_bytes)
     return Translation(formats, tuple(losses), size)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from bitsearch.errors import BadInput
 from bitsearch.exporters.base import Checkpoint, Exporter, Loss, Reading, Translation
 from bitsearch.exporters.checkpoints import read_json
-from bitsearch.exporters.fit import fit
+from bitsearch.exporters.fit import fit, linear_refusal
 from bitsearch.formats import Format, parse_format
 from bitsearch.policy import Policy, PolicyModule
 from bitsearch.units import ModelLayout
@@ -85,13 +85,7 @@ def _refusal(tensor: str, module: PolicyModule, format: Format) -> str:
         return ""
     if format.name not in _ALGORITHMS:
         return f"it has an algorithm for {', '.join(_ALGORITHMS)} alone"
-    if not tensor.endswith(".weight"):
-        return "stacked experts are not written"
-    if module.role == "embedding":
-        return "embeddings stay at 16 bits"
-    if format.group_size and module.shape[1] % format.group_size:
-        return f"groups of {format.group_size} do not divide rows of {module.shape[1]}"
-    return ""
+    return linear_refusal(tensor, module, format)
 
 
 def write(

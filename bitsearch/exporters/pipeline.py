@@ -45,13 +45,13 @@ def export_policy(
     target: str,
     out: Path,
     *,
-    model: str | None,
-    allowed: Collection[str],
+    model: str | None = None,
+    allowed: Collection[str] = (),
     dtype: str | None = None,
-    statistics: Path | None,
-    device: str,
-    force: bool,
-    progress: Progress,
+    statistics: Path | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Write a policy as another tool reads it; with a model, its quantized weights too.
 
@@ -125,7 +125,9 @@ def export_policy(
     return {"policy": str(policy_path), "model": model, "out": str(out), **found}
 
 
-def import_policy(path: Path, target: str, model: str, out: Path, *, force: bool) -> dict[str, Any]:
+def import_policy(
+    path: Path, target: str, model: str, out: Path, *, force: bool = False
+) -> dict[str, Any]:
     """Make a policy of another tool's mixed configuration, and write it.
 
     Args:

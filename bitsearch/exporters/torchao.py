@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bitsearch.errors import BadInput
 from bitsearch.exporters.base import Checkpoint, Exporter, Reading, Translation
 from bitsearch.exporters.checkpoints import read_json, save_checkpoint
-from bitsearch.exporters.fit import fit, fused_sets
+from bitsearch.exporters.fit import checkpoint_bytes, fit, fused_sets, linear_refusal
 from bitsearch.formats import BF16, Format
 from bitsearch.formats.integer import INT_BITS, IntFormat
 from bitsearch.policy import Policy, PolicyModule
@@ -39,9 +39,7 @@ _DEFAULT = "_default"
 def translate(policy: Policy) -> Translation:
     """Integers of whole groups; fused sets in one format."""
     formats, losses = fit(policy, "torchao", _refusal, fused=True)
-    size = policy.achieved.kept_bytes
-    for tensor, module in policy.modules.items():
-        size += module.count * stored_bytes(*module.shape, formats[tensor])
+    size = checkpoint_bytes(policy, formats, stored_bytes)
     return Translation(formats, tuple(losses), size)
 
 
@@ -51,13 +49,7 @@ def _refusal(tensor: str, module: PolicyModule, format: Format) -> str:
         return ""
     if not isinstance(format, IntFormat):
         return "only integers are written"
-    if not tensor.endswith(".weight"):
-        return "stacked experts are not written"
-    if module.role == "embedding":
-        return "embeddings stay at 16 bits"
-    if format.group_size and module.shape[1] % format.group_size:
-        return f"groups of {format.group_size} do not divide rows of {module.shape[1]}"
-    return ""
+    return linear_refusal(tensor, module, format)
 
 
 def quantization_config(policy: Policy, formats: Mapping[str, Format]) -> dict[str, Any]:

@@ -58,10 +58,7 @@ both = pytest.mark.parametrize("formats", [MIXED, FLOATS], ids=["integers", "flo
 
 
 def export(policy: Path, out: Path, model: str | None = None, *allowed: str) -> dict[str, Any]:
-    return export_policy(
-        policy, "compressed-tensors", out, model=model, allowed=allowed, statistics=None,
-        device="cpu", force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(policy, "compressed-tensors", out, model=model, allowed=allowed)
 
 
 @both

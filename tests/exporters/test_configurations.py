@@ -22,10 +22,7 @@ CONFIGURATIONS = ("modelopt", "bitsandbytes", "hqq", "vllm-kv", "transformers-kv
 
 
 def export(policy: Path, target: str, out: Path, *allowed: str) -> dict[str, Any]:
-    return export_policy(
-        policy, target, out, model=None, allowed=allowed, statistics=None, device="cpu",
-        force=True, progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(policy, target, out, allowed=allowed, force=True)
 
 
 @pytest.mark.parametrize("target", CONFIGURATIONS)
@@ -36,9 +33,7 @@ def test_no_weights_are_written_for_them(make_policy: Make, tmp_path: Path, targ
     path = with_cache(path, {"0": ("bf16", "bf16")})
     if target.endswith("-kv"):
         with pytest.raises(UsageError, match="takes a configuration and no weights"):
-            export_policy(path, target, tmp_path / "out", model="tiny", allowed=(),
-                          statistics=None, device="cpu", force=True,
-                          progress=lambda *_: None)  # fmt: skip
+            export_policy(path, target, tmp_path / "out", model="tiny", force=True)
 
 
 def test_modelopt_names_every_quantizer_and_every_layer(make_policy: Make, tmp_path: Path) -> None:

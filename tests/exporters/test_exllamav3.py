@@ -35,10 +35,7 @@ def found_in(overrides: str, tensor: str) -> list[str]:
 
 
 def export(policy: Path, out: Path, *allowed: str) -> None:
-    export_policy(
-        policy, "exllamav3", out, model=None, allowed=allowed, statistics=None, device="cpu",
-        force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    export_policy(policy, "exllamav3", out, allowed=allowed)
 
 
 def test_every_tensor_comes_from_the_model_of_its_width(make_policy: Make, tmp_path: Path) -> None:

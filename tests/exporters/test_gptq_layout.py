@@ -33,10 +33,7 @@ ASYMMETRIC = SYMMETRIC | {"5.self_attn.o_proj": "int4-g32", "4.mlp.down_proj": "
 
 
 def export(policy: Path, target: str, out: Path, model: str | None = None) -> dict[str, Any]:
-    return export_policy(
-        policy, target, out, model=model, allowed=(), statistics=None, device="cpu", force=False,
-        progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(policy, target, out, model=model)
 
 
 def unpacked(words: torch.Tensor, bits: int) -> np.ndarray[Any, Any]:

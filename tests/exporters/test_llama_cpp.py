@@ -51,10 +51,7 @@ LLAMA: dict[str, Any] = {
 
 
 def export(policy: Path, out: Path, model: str | None = None, *allowed: str) -> dict[str, Any]:
-    return export_policy(
-        policy, "llama.cpp", out, model=model, allowed=allowed, statistics=None,
-        device="cpu", force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(policy, "llama.cpp", out, model=model, allowed=allowed)
 
 
 def of_family(kind: str, **changes: Any) -> tuple[ModelLayout, PreTrainedConfig]:

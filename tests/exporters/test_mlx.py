@@ -40,10 +40,7 @@ MIXED = {"model.embed_tokens": "int8-g64-fz"} | dict(
 
 
 def export(policy: Path, out: Path, model: str | None = None, *allowed: str) -> dict[str, Any]:
-    return export_policy(
-        policy, "mlx", out, model=model, allowed=allowed, statistics=None,
-        device="cpu", force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(policy, "mlx", out, model=model, allowed=allowed)
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,7 @@ TAKEN = [f"int{b}-g{g}{s}" for b in (2, 4, 8) for g in (16, 32, 64, 128, 256) fo
 
 
 def export(policy: Path, out: Path, model: str | None = None, *allowed: str) -> dict[str, Any]:
-    return export_policy(
-        policy, "onnxruntime", out, model=model, allowed=allowed, statistics=None,
-        device="cpu", force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(policy, "onnxruntime", out, model=model, allowed=allowed)
 
 
 def test_the_node_multiplies_by_the_measured_weights(make_policy: Make, tmp_path: Path) -> None:

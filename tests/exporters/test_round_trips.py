@@ -82,10 +82,7 @@ def test_bytes_are_predicted_in_every_dtype(
 ) -> None:
     policy = make_policy({"0.mlp.down_proj": "int4-g32-sym"})
     for target in ("compressed-tensors", "gptqmodel", "autoround", "torchao"):
-        told = export_policy(
-            policy, target, tmp_path / target, model="tiny", allowed=(), dtype=dtype,
-            statistics=None, device="cpu", force=False, progress=lambda *_: None,
-        )  # fmt: skip
+        told = export_policy(policy, target, tmp_path / target, model="tiny", dtype=dtype)
         assert told["tensor_bytes"] == told["predicted_bytes"]
         stored = load_file(tmp_path / target / "model.safetensors")
         assert str(stored["model.norm.weight"].dtype) == f"torch.{dtype}"

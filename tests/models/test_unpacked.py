@@ -48,10 +48,7 @@ def export(tmp_path: Path) -> Export:
         named = {f"model.layers.{name}.weight": parse_format(f) for name, f in formats.items()}
         path, out = tmp_path / "policy.json", tmp_path / "out"
         path.write_text(save_policy(policy_of(layout, hashes, Reading(named), {})))
-        export_policy(
-            path, target, out, model="tiny", allowed=(), statistics=None, device="cpu",
-            force=False, progress=lambda *_: None,
-        )  # fmt: skip
+        export_policy(path, target, out, model="tiny")
         return path, out
 
     return write

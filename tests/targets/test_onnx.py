@@ -24,10 +24,7 @@ def test_onnx_runtime_continues_as_the_measured_model_does(
     linear = [m.module for u in layout.units for m in u.matrices if u.kind != "embedding"]
     names = [name.removeprefix("model.layers.") for name in linear]
     policy = make_policy({n: FORMATS[i % len(FORMATS)] for i, n in enumerate(names[:-3])})
-    told = export_policy(
-        policy, "onnxruntime", tmp_path / "out", model="tiny", allowed=(), statistics=None,
-        device="cpu", force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    told = export_policy(policy, "onnxruntime", tmp_path / "out", model="tiny")
     assert told["losses"] == [] and told["predicted_bytes"] == told["tensor_bytes"]
     assert tools.run("onnx_graph.py", builtin_folder("tiny"), tmp_path / "graph.onnx")
     script = [str(tmp_path / "out" / "apply.py"), str(tmp_path / "graph.onnx")]
@@ -37,11 +34,7 @@ def test_onnx_runtime_continues_as_the_measured_model_does(
     prompts = model.prompts(texts[:3])
     found = tools.run("onnx_tokens.py", tmp_path / "quantized.onnx", json.dumps(prompts), COUNT)
     below = model.shortfall(prompts, found)
-    equal = sum(
-        one == other
-        for mine, theirs in zip(model.tokens(prompts, COUNT), found, strict=True)
-        for one, other in zip(mine, theirs, strict=True)
-    )
+    equal = model.equal(prompts, found)
     record(
         "onnxruntime",
         tools.version("onnxruntime"),

@@ -57,10 +57,7 @@ TOOLS = [
 
 
 def written(policy: Path, target: str, out: Path, *allowed: str) -> Path:
-    export_policy(
-        policy, target, out, model=None, allowed=allowed, statistics=None, device="cpu",
-        force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    export_policy(policy, target, out, allowed=allowed)
     return out
 
 

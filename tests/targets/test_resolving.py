@@ -39,10 +39,7 @@ ANY = SYMMETRIC | {
 
 def written(policy: Path, target: str, out: Path) -> Path:
     """The configuration beside a checkpoint."""
-    export_policy(
-        policy, target, out, model="tiny", allowed=(), statistics=None, device="cpu", force=False,
-        progress=lambda *_: None,
-    )  # fmt: skip
+    export_policy(policy, target, out, model="tiny")
     return out / "config.json"
 
 

