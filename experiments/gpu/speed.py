@@ -73,24 +73,41 @@ TUNINGS = [
 TUNED_WIDTHS = {4: (4, 5), 2: (1, 2), 3: (3,), 6: (6, 7), 8: (8,)}
 
 
-def wanted() -> list[str]:
-    """Entry points of `tuning` and `correctness`, to be compiled ahead."""
+def tuning_entries() -> list[str]:
+    """Entry points of `tuning`."""
     found = []
     for bits, m, how in itertools.product(TUNED_WIDTHS, (1, 16), TUNINGS):
         found.append(entries.stream(torch.bfloat16, m, ((bits, 1, False),), how))
         if bits in (2, 4):
             found.append(entries.stream(torch.bfloat16, m, ((bits, 2, True),), how))
+    return found
+
+
+def kinds_entries() -> list[str]:
+    """Entry points of `kinds`."""
+    ways = itertools.product((2, 4, 8), (4, 8), (False, True))
+    return [
+        entries.batch(torch.bfloat16, cols, ((bits, 1, False),), integers)
+        for bits, cols, integers in ways
+    ]
+
+
+def wanted() -> list[str]:
+    """Entry points of `correctness`, to be compiled ahead."""
+    found = []
     every = itertools.product(entries.TYPES, range(1, 9), (0, 1, 2, 4), (False, True))
     for dtype, bits, groups, zeros in every:
-        kinds = ((bits, groups, zeros),)
-        found += [entries.stream(dtype, m, kinds, Tuning()) for m in (1, 16)]
-        found.append(entries.dequantize(dtype, kinds))
+        kind = ((bits, groups, zeros),)
+        for m in (1, 16):
+            how = launches.TUNED.get((m // 8 or 1, bits), Tuning())
+            found.append(entries.stream(dtype, m, kind, how))
+        found.append(entries.dequantize(dtype, kind))
     for bits, (groups, zeros) in itertools.product(range(1, 9), BATCHED):
-        kinds = ((bits, groups, zeros),)
+        kind = ((bits, groups, zeros),)
         for cols in (4, 8) if groups < 2 else (4,):
-            found += [entries.batch(dtype, cols, kinds) for dtype in entries.TYPES]
-            found.append(entries.batch(torch.bfloat16, cols, kinds, integers=True))
-    return list(dict.fromkeys(found))
+            found += [entries.batch(dtype, cols, kind) for dtype in entries.TYPES]
+            found.append(entries.batch(torch.bfloat16, cols, kind, integers=True))
+    return found
 
 
 BATCHED = ((1, False), (2, True), (0, True), (4, False))  # scales in a tile, zero points
@@ -112,17 +129,19 @@ def followers() -> list[str]:
 
 
 def compile(result: dict[str, Any]) -> None:
-    """Compile on all cores what `tuning` and `correctness` want."""
-    result["bytes"] = _compiled(wanted())
+    """Compile on all cores what the other steps want."""
+    result["bytes"] = _compiled([*wanted(), *kinds_entries(), *followers()])
 
 
 def _compiled(entry: list[str]) -> int:
     with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
-        return sum(map(len, pool.map(partial(compile_kernel, target="sm_90a"), entry)))
+        unique = list(dict.fromkeys(entry))
+        return sum(map(len, pool.map(partial(compile_kernel, target="sm_90a"), unique)))
 
 
 def tuning(result: dict[str, Any]) -> None:
     """How the kernel is best built, by width and rows of x; later steps of this run use it."""
+    _compiled(tuning_entries())
     for bits, (name, (rows, columns)) in itertools.product(TUNED_WIDTHS, SHAPES.items()):
         part: Part = (rows, bits, 128, True)
         _tried(result, name, part, columns)
@@ -220,6 +239,7 @@ def grid(result: dict[str, Any]) -> None:
 
 def kinds(result: dict[str, Any]) -> None:
     """The kernels for more than 16 rows of x beside each other: batch, dequantize, bytes."""
+    _compiled(kinds_entries())
     for (name, (rows, columns)), bits in itertools.product(SHAPES.items(), (2, 4, 8)):
         weights = rotated(random_fused([(rows, bits, 128, True)], columns, bits))
         for m in (1, 17, 32, 64, 128, 256, 2048):
