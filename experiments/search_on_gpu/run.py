@@ -1,6 +1,6 @@
 """Are damage scores from gradients in bfloat16 as good as those in float32?
 
-    python experiments/gpu/precision.py smollm2-135m --out RUNS --results RESULTS.json
+    python experiments/search_on_gpu/run.py smollm2-135m --out RUNS --results RESULTS.json
 
 Every estimator runs twice on the same text, with the model in either type. Its two
 tables are compared by rank over all cells, and by what the exact solver makes of
