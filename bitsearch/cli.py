@@ -72,6 +72,7 @@ def plan(
     freeze: Freeze = None,
     fuse: Fuse = None,
     target: Target = None,
+    prepare: Prepare = None,
     units: Annotated[bool, typer.Option("--units", help="List every unit.")] = False,
     revision: Revision = None,
     json_: Json = False,
@@ -89,6 +90,7 @@ def plan(
             fuse=fuse is not False,
             revision=revision,
             target=target,
+            prepare=prepare,
         )
         _emit(found, json_, lambda: print_plan(found, units))
 
@@ -130,7 +132,7 @@ def measure(
         ) as session,
         Stages() as stages,
     ):  # fmt: skip
-        from bitsearch.search import measure as measure_damage
+        from bitsearch.damage import measure as measure_damage
 
         session.save()
         table = measure_damage(session, damage, stages)

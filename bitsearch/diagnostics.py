@@ -3,12 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsearch.solvers.problem import Choice
+from bitsearch.contenders import random_policies
+from bitsearch.judge import Judge
+from bitsearch.run import read_json
+from bitsearch.session import Progress, Session
+from bitsearch.solvers.problem import Choice, Problem, Solution
 from bitsearch.space import Space
+
+
+def diagnose(
+    session: Session,
+    judge: Judge,
+    space: Space,
+    problem: Problem,
+    solution: Solution,
+    estimator: str,
+    draws: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """σ and its ceiling, the gap, additivity R, and rank correlation over random policies.
+
+    Args:
+        judge: measures policies.
+        draws: random policies, and single units, to measure; 0 leaves R and ρ out.
+    """
+    bits = 8 * space.total_bytes(solution.choice) / space.layout.parameters
+    damage = np.asarray(problem.damage, np.float64)
+    sigma, ceiling = sensitivity_spread(damage, space, bits)
+    found: dict[str, Any] = {"sigma": _number(sigma), "ceiling": _number(ceiling)}
+    found["gap"] = solution.gap
+    if session.settings.proxy_quantizer is not None:
+        found["proxy"] = read_json(session.run.path / f"tables/{estimator}.proxy.json")
+    if not draws:
+        return found
+    progress("additivity", 0, 1)
+    ratio, units = additivity(
+        damage,
+        solution.choice,
+        judge.quality(solution.choice).mean_kl,
+        lambda unit: judge.alone(solution.choice, unit),
+        draws,
+        session.settings.seed,
+    )
+    progress("additivity", 1, 1)
+    found |= {"additivity": _number(ratio), "additivity_units": units}
+    if len(problem.costs) == 1:
+        policies = random_policies(problem, draws, session.settings.seed)
+        measured = judge.qualities(policies, "random policies", progress)
+        predicted = [problem.total_damage(policy.choice) for policy in policies]
+        rho = rank_correlation(predicted, [quality.mean_kl for quality in measured])
+        found |= {"rank_correlation": _number(rho), "random_policies": len(policies)}
+    return found
 
 
 def sensitivity_spread(
@@ -73,3 +123,8 @@ def rank_correlation(predicted: list[float], measured: list[float]) -> float:
     from scipy.stats import spearmanr
 
     return float(spearmanr(predicted, measured).statistic)
+
+
+def _number(value: float) -> float | None:
+    """NaN is not JSON."""
+    return None if np.isnan(value) else value

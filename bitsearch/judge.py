@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitsearch.contenders import Contender
 from bitsearch.evaluate import Quality
-from bitsearch.session import Session
+from bitsearch.session import Progress, Session
 from bitsearch.solvers.problem import Choice
 
 if TYPE_CHECKING:
@@ -42,6 +44,17 @@ class Judge:
             with self._session.weights.applied(self._session.space.assignment(choice)):
                 self._record(key, teacher.measure())
         return self._read(key)
+
+    def qualities(
+        self, contenders: Sequence[Contender], stage: str, progress: Progress
+    ) -> list[Quality]:
+        """The quality of each contender, under a name that the progress shows."""
+        found = []
+        for index, contender in enumerate(contenders):
+            progress(stage, index, len(contenders))
+            found.append(self.quality(contender.choice))
+        progress(stage, len(contenders), len(contenders))
+        return found
 
     @property
     def reference_nll(self) -> NDArray[np.float64]:

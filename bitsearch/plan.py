@@ -9,6 +9,7 @@ from bitsearch.budget import check_feasible, parse_budget
 from bitsearch.errors import UsageError
 from bitsearch.formats import parse_formats
 from bitsearch.models.load import open_layout
+from bitsearch.preparations import load_method
 from bitsearch.settings import (
     DEFAULT_CANDIDATES,
     DEFAULT_LENGTH,
@@ -33,16 +34,18 @@ def make_plan(
     fuse: bool,
     revision: str | None,
     target: str | None = None,
+    prepare: str | None = None,
 ) -> dict[str, Any]:
     """Feasible range, units, candidate sizes, and the cost of a default search.
 
     Raises:
         InfeasibleBudget: a budget is outside of the achievable range.
-        UsageError: no such target, or it does not run what is asked for.
+        UsageError: no such target or preparation, or it does not run what is asked for.
     """
     target = target or DEFAULT_TARGET
     refuse_unfused(target, fuse)
-    layout, _, _ = open_layout(model, revision=revision, fuse=fuse)
+    untie = prepare is not None and load_method(prepare).unties
+    layout, _, _ = open_layout(model, revision=revision, fuse=fuse, untie=untie)
     profile = load_target(target)
     formats = parse_formats(candidates or profile.candidates or DEFAULT_CANDIDATES)
     space = make_space(layout, formats, frozen, profile)

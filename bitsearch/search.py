@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitsearch.budget import Budget, check_feasible, parse_budget, resources
 from bitsearch.calibration_loss import solve_measured
-from bitsearch.contenders import (
-    Contender,
-    byte_matched,
-    distinct,
-    random_policies,
-    searched,
-    uniforms,
-)
-from bitsearch.diagnostics import additivity, rank_correlation, sensitivity_spread
+from bitsearch.contenders import Contender, byte_matched, distinct, searched, uniforms
+from bitsearch.damage import measure
+from bitsearch.diagnostics import diagnose
 from bitsearch.errors import InfeasibleBudget, UsageError
-from bitsearch.evaluate import Quality, interval, summary
+from bitsearch.evaluate import summary
 from bitsearch.fronts import save_front
 from bitsearch.interactions import interaction_terms
 from bitsearch.judge import Judge
+from bitsearch.kernels.regime import Regime
+from bitsearch.objectives.cost.latency import Latency
 from bitsearch.objectives.estimators import load_estimator
-from bitsearch.policy import save_policy
-from bitsearch.proxy import agreement
+from bitsearch.policy import Policy, save_policy
 from bitsearch.record import make_policy
+from bitsearch.result import Judged, make_result
 from bitsearch.rules import NO_RULES, Rules
-from bitsearch.run import atomic_write, read_json
+from bitsearch.run import atomic_write
 from bitsearch.session import Progress, Session
 from bitsearch.solvers import load_solver, milp, pareto_dp
 from bitsearch.solvers.measured import needs_loss, refuse_early
-from bitsearch.solvers.monotone import monotone
-from bitsearch.solvers.pareto_dp import front
+from bitsearch.solvers.pareto_dp import Front, front
 from bitsearch.solvers.problem import Problem, Solution, Solver
 from bitsearch.space import Space
-from bitsearch.tables import complete_table, load_table, measure_table
 from bitsearch.timed import Timing, open_timing
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,30 +67,44 @@ class Request:
     estimated: bool = False
 
 
-def measure(session: Session, estimator: str, progress: Progress) -> NDArray[np.float64]:
-    """The damage table of an estimator, measured as far as it is missing.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A request that can be kept, as far as that shows before anything is measured.
 
-    Returns:
-        (units, candidates), +inf where not allowed, made monotone in bytes.
+    Attributes:
+        budgets: all hold at once.
+        space: the session's, less what rules and the device leave out.
+        problem: damage is 0 where allowed.
+        solver: `Solver` or `MeasuredSolver`.
+        timing: how steps are timed; None without a budget of time.
     """
-    space = session.space
-    session.progress = progress
-    load = load_estimator(estimator)
-    if complete_table(session.run, estimator) and (session.run.path / "model.json").exists():
-        damage = load_table(session.run, estimator, space)
-    else:
-        scoring = session.scoring(session.damage_weights)
-        damage = measure_table(
-            session.run,
-            estimator,
-            space,
-            session.table_signature(estimator),
-            lambda cells: load(scoring, cells),
-            lambda done, total: progress(f"damage ({estimator})", done, total),
-        )
-    if session.settings.proxy_quantizer is not None:
-        agreement(session, estimator, damage, partial(progress, "proxy"))
-    return monotone(_never_reached(damage, session), space.bytes)
+
+    budgets: list[Budget]
+    space: Space
+    problem: Problem
+    solver: Any
+    timing: Timing | None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the solver calls the real loss."""
+        return needs_loss(self.solver)
+
+    @property
+    def has_front(self) -> bool:
+        """Whether one exact front holds the best answer for every size."""
+        return len(self.budgets) == 1 and self.problem.distinct is None
+
+    @property
+    def planner(self) -> Solver:
+        """The additive solver: the one asked for, or an exact one beside a measured one."""
+        exact = (pareto_dp if self.has_front else milp).solve
+        return exact if self.measured else cast(Solver, self.solver)
+
+    @property
+    def times(self) -> dict[Regime, Latency]:
+        """Milliseconds by regime; empty without a budget of time."""
+        return {} if self.timing is None else self.timing.times
 
 
 def search(session: Session, request: Request, progress: Progress) -> dict[str, Any]:
@@ -114,6 +118,79 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
         UsageError: an unknown name, or budgets that cannot be read.
     """
     started = time.monotonic()
+    task = _checked(session, request, progress)
+    session.save()
+    if request.recipe is not None:
+        session.run.write_json("recipe.json", request.recipe)
+    session.run.log("search", budgets=list(request.budgets), estimator=request.estimator)
+    damage = measure(session, request.estimator, progress)
+    damage = np.where(task.space.allowed, damage, np.inf)
+    measure_seconds = time.monotonic() - started
+
+    problem = replace(task.problem, damage=damage)
+    if request.solver == "quadratic":
+        terms = interaction_terms(session, damage, partial(progress, "interactions"))
+        problem = replace(problem, pairs=terms)
+    clock = time.monotonic()
+    solution = _solved(session, request, task, problem, progress)
+    solver_seconds = time.monotonic() - clock
+    curve = front(damage, problem.costs[0], ties=problem.ties) if task.has_front else None
+    save_front(session.run, task.space, task.budgets, problem, curve, task.times)
+
+    contenders = _contenders(session, task, problem, solution, curve, progress)
+    judge, final = Judge(session, "selection"), Judge(session, "evaluation")
+    selected = judge.qualities(contenders, "selection text", progress)
+    shipped = min(zip(contenders, selected, strict=True), key=lambda pair: pair[1].mean_kl)[0]
+    found = diagnose(
+        session, judge, task.space, problem, solution, request.estimator, request.diagnostics,
+        progress,
+    )  # fmt: skip
+    controls = [contender for contender in contenders if contender.is_control]
+    held_out = final.qualities([shipped, *controls], "held-out text", progress)
+
+    policy = make_policy(
+        session,
+        shipped,
+        request.estimator,
+        request.budgets,
+        problem.total_damage(shipped.choice),
+        {
+            "selection": summary(judge.quality(shipped.choice), judge.reference_nll, judge.corpus),
+            "evaluation": summary(held_out[0], final.reference_nll, final.corpus),
+        },
+        {"solver": request.solver, "gap": solution.gap, "rules": request.rules.describe()}
+        | ({} if request.recipe is None else {"recipe": request.recipe["name"]}),
+        None if task.timing is None else task.timing.describe(shipped.choice),
+    )
+    result = {
+        "model": session.settings.model,
+        "budget": list(request.budgets),
+        "recipe": request.recipe,
+        **make_result(
+            task.space, task.budgets, task.timing, policy, final,
+            Judged(shipped, held_out[0]),
+            [Judged(*pair) for pair in zip(controls, held_out[1:], strict=True)],
+            [Judged(*pair) for pair in zip(contenders, selected, strict=True)],
+        ),
+        "diagnostics": found,
+        "solver": {"name": request.solver, "gap": solution.gap, "seconds": solver_seconds},
+        "measure_seconds": measure_seconds,
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": _peak_rss(),
+        "policy": str(_stored(session, request, policy)),
+    }  # fmt: skip
+    session.run.write_json("result.json", result)
+    session.run.log("done", seconds=result["seconds"])
+    return result
+
+
+def _checked(session: Session, request: Request, progress: Progress) -> Task:
+    """What cannot be kept is refused here, before weights are read.
+
+    Raises:
+        InfeasibleBudget: no policy keeps the budgets.
+        UsageError: an unknown name, or budgets that cannot be read.
+    """
     space = request.rules.narrowed(session.space)
     ties = request.rules.ties(space)
     budgets = [parse_budget(text, space) for text in request.budgets]
@@ -128,109 +205,49 @@ def search(session: Session, request: Request, progress: Progress) -> dict[str, 
     # Solved without damage first: budgets that cannot hold together, or that the
     # solver cannot take, are refused before anything is measured.
     nothing = np.where(space.allowed, 0.0, np.inf)
-    unscored = Problem(nothing, costs, limits, ties, request.rules.distinct)
-    measured = needs_loss(solver)
-    if measured:
-        refuse_early(solver, unscored)
-    else:
-        solver(unscored, seed=session.settings.seed)
-    load_estimator(request.estimator)
-    session.save()
-    if request.recipe is not None:
-        session.run.write_json("recipe.json", request.recipe)
-    session.run.log("search", budgets=list(request.budgets), estimator=request.estimator)
-    damage = measure(session, request.estimator, progress)
-    damage = np.where(space.allowed, damage, np.inf)
-    measured_seconds = time.monotonic() - started
-
-    problem = replace(unscored, damage=damage)
-    if request.solver == "quadratic":
-        terms = interaction_terms(session, damage, partial(progress, "interactions"))
-        problem = replace(problem, pairs=terms)
-    clock = time.monotonic()
-    alone = len(budgets) == 1 and problem.distinct is None
-    planner = (pareto_dp if alone else milp).solve if measured else solver
-    if measured:
-        solution = solve_measured(
-            session, problem, (request.solver, solver), request.tokens, request.storage, progress
-        )
-    else:
-        solution = solver(problem, seed=session.settings.seed)
-    solver_seconds = time.monotonic() - clock
-    curve = front(damage, costs[0], ties=ties) if alone else None
-    save_front(session.run, space, budgets, problem, curve, times)
-
-    seed = session.settings.seed
-    contenders = searched(problem, solution.choice, curve, space, planner, seed)
-    if measured:
-        contenders.append(Contender("additive", planner(problem).choice, False))
-    if len(budgets) == 1:
-        contenders += byte_matched(problem, space, seed)
-    contenders = [contender for contender in contenders if problem.feasible(contender.choice)]
-    if timing is not None:
-        contenders = _within_time(timing, contenders, problem, space, planner, seed, progress)
-    judge = Judge(session, "selection")
-    selected = _measured(judge, contenders, "selection text", progress)
-    shipped = min(zip(contenders, selected, strict=True), key=lambda pair: pair[1].mean_kl)[0]
-    found = _diagnose(judge, problem, space, solution, budgets[0], request, session, progress)
-
-    final = Judge(session, "evaluation")
-    controls = [contender for contender in contenders if contender.is_control]
-    judged = _measured(final, [shipped, *controls], "held-out text", progress)
-    selection_quality = judge.quality(shipped.choice)
-    policy = make_policy(
-        session,
-        shipped,
-        request.estimator,
-        request.budgets,
-        problem.total_damage(shipped.choice),
-        {
-            "selection": summary(selection_quality, judge.reference_nll, judge.corpus),
-            "evaluation": summary(judged[0], final.reference_nll, final.corpus),
-        },
-        {"solver": request.solver, "gap": solution.gap, "rules": request.rules.describe()}
-        | ({} if request.recipe is None else {"recipe": request.recipe["name"]}),
-        None if timing is None else timing.describe(shipped.choice),
+    task = Task(
+        budgets,
+        space,
+        Problem(nothing, costs, limits, ties, request.rules.distinct),
+        solver,
+        timing,
     )
-    path = session.run.path / "policy.json"
-    atomic_write(path, save_policy(policy).encode())
-    slug = "+".join(text.replace("@", "-") for text in request.budgets)
-    atomic_write(session.run.path / "policies" / f"{slug}.json", save_policy(policy).encode())
+    if task.measured:
+        refuse_early(solver, task.problem)
+    else:
+        solver(task.problem, seed=session.settings.seed)
+    load_estimator(request.estimator)
+    return task
 
-    result = {
-        "model": session.settings.model,
-        "budget": list(request.budgets),
-        "recipe": request.recipe,
-        "target": space.target.name,
-        "bytes": space.total_bytes(shipped.choice),
-        "bpw": 8 * space.total_bytes(shipped.choice) / space.layout.parameters,
-        "limit_bytes": [budget.limit for budget in budgets if budget.regime is None],
-        "latency": [entry.model_dump() for entry in policy.latency or []],
-        "shipped": shipped.name,
-        **summary(judged[0], final.reference_nll, final.corpus),
-        "controls": [
-            _control(contender, quality, judged[0], session) | _times(timing, contender)
-            for contender, quality in zip(controls, judged[1:], strict=True)
-        ],
-        "selection": [
-            {"name": c.name, "bytes": space.total_bytes(c.choice), "kl": q.mean_kl}
-            | _times(timing, c)
-            for c, q in zip(contenders, selected, strict=True)
-        ],
-        "diagnostics": found,
-        "solver": {
-            "name": request.solver,
-            "gap": solution.gap,
-            "seconds": solver_seconds,
-        },
-        "measure_seconds": measured_seconds,
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": _peak_rss(),
-        "policy": str(path),
-    }
-    session.run.write_json("result.json", result)
-    session.run.log("done", seconds=result["seconds"])
-    return result
+
+def _solved(
+    session: Session, request: Request, task: Task, problem: Problem, progress: Progress
+) -> Solution:
+    if task.measured:
+        named = (request.solver, task.solver)
+        return solve_measured(session, problem, named, request.tokens, request.storage, progress)
+    return task.planner(problem, seed=session.settings.seed)
+
+
+def _contenders(
+    session: Session,
+    task: Task,
+    problem: Problem,
+    solution: Solution,
+    curve: Front | None,
+    progress: Progress,
+) -> list[Contender]:
+    """The answer, its neighbours and the controls: what keeps all budgets, measured where timed."""
+    seed = session.settings.seed
+    found = searched(problem, solution.choice, curve, task.space, task.planner, seed)
+    if task.measured:
+        found.append(Contender("additive", task.planner(problem).choice, False))
+    if len(task.budgets) == 1:
+        found += byte_matched(problem, task.space, seed)
+    found = [contender for contender in found if problem.feasible(contender.choice)]
+    if task.timing is None:
+        return found
+    return _within_time(task.timing, found, problem, task.space, task.planner, seed, progress)
 
 
 def _within_time(
@@ -267,104 +284,14 @@ def _within_time(
     return kept
 
 
-def _measured(
-    judge: Judge, contenders: Sequence[Contender], stage: str, progress: Progress
-) -> list[Quality]:
-    qualities = []
-    for index, contender in enumerate(contenders):
-        progress(stage, index, len(contenders))
-        qualities.append(judge.quality(contender.choice))
-    progress(stage, len(contenders), len(contenders))
-    return qualities
-
-
-def _never_reached(damage: NDArray[np.float64], session: Session) -> NDArray[np.float64]:
-    """Score as worst what calibration text never reached: no damage was seen, none is known."""
-    lossy = np.array([not candidate.exact for candidate in session.space.candidates])
-    known = session.space.allowed & lossy
-    silent = ((damage == 0) | ~known).all(axis=1) & known.any(axis=1)
-    if not silent.any() or silent.all():
-        return damage
-    worst = np.where(known & ~silent[:, None], damage, 0).max(axis=0)
-    for unit in np.flatnonzero(silent):
-        log.warning(
-            "%s: calibration text never reached it; scored as the most sensitive unit, "
-            "give more text or --freeze it",
-            session.space.units[unit].name,
-        )
-    return np.where(silent[:, None] & known, worst[None], damage)
-
-
-def _diagnose(
-    judge: Judge,
-    problem: Problem,
-    space: Space,
-    solution: Solution,
-    budget: Budget,
-    request: Request,
-    session: Session,
-    progress: Progress,
-) -> dict[str, Any]:
-    """σ and its ceiling, additivity R, rank correlation over random policies, the gap."""
-    size = budget.limit if budget.regime is None else space.total_bytes(solution.choice)
-    bits = 8 * size / space.layout.parameters
-    damage = np.asarray(problem.damage, np.float64)
-    sigma, ceiling = sensitivity_spread(damage, space, bits)
-    found: dict[str, Any] = {"sigma": _number(sigma), "ceiling": _number(ceiling)}
-    found["gap"] = solution.gap
-    if session.settings.proxy_quantizer is not None:
-        found["proxy"] = read_json(session.run.path / f"tables/{request.estimator}.proxy.json")
-    if not request.diagnostics:
-        return found
-
-    def alone(unit: int) -> float:
-        return judge.alone(solution.choice, unit)
-
-    progress("additivity", 0, 1)
-    kl = judge.quality(solution.choice).mean_kl
-    ratio, units = additivity(
-        damage, solution.choice, kl, alone, request.diagnostics, session.settings.seed
-    )
-    progress("additivity", 1, 1)
-    found |= {"additivity": _number(ratio), "additivity_units": units}
-    if len(problem.costs) == 1:
-        policies = random_policies(problem, request.diagnostics, session.settings.seed)
-        measured = _measured(judge, policies, "random policies", progress)
-        predicted = [problem.total_damage(policy.choice) for policy in policies]
-        rho = rank_correlation(predicted, [quality.mean_kl for quality in measured])
-        found |= {"rank_correlation": _number(rho), "random_policies": len(policies)}
-    return found
-
-
-def _control(
-    contender: Contender, quality: Quality, shipped: Quality, session: Session
-) -> dict[str, Any]:
-    """A control's figures, and by how much the shipped policy beats it, paired."""
-    size = session.space.total_bytes(contender.choice)
-    difference = shipped.kl - quality.kl
-    return {
-        "name": contender.name,
-        "bytes": size,
-        "bpw": 8 * size / session.space.layout.parameters,
-        "kl": quality.mean_kl,
-        "kl_ci": interval(quality.kl),
-        "perplexity": quality.perplexity,
-        "difference": float(difference.mean()),
-        "difference_ci": interval(difference),
-    }
-
-
-def _times(timing: Timing | None, contender: Contender) -> dict[str, Any]:
-    """Milliseconds of a step in each regime; nothing where no time is asked for."""
-    if timing is None:
-        return {}
-    entries = timing.describe(contender.choice)
-    return {"ms": {entry.regime: entry.measured_ms or entry.predicted_ms for entry in entries}}
-
-
-def _number(value: float) -> float | None:
-    """NaN is not JSON."""
-    return None if np.isnan(value) else value
+def _stored(session: Session, request: Request, policy: Policy) -> Path:
+    """Write the policy, also under its budgets' names; its path."""
+    path = session.run.path / "policy.json"
+    content = save_policy(policy).encode()
+    atomic_write(path, content)
+    slug = "+".join(text.replace("@", "-") for text in request.budgets)
+    atomic_write(session.run.path / "policies" / f"{slug}.json", content)
+    return path
 
 
 def _peak_rss() -> int:

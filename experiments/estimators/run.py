@@ -19,11 +19,11 @@ import numpy as np
 
 from bitsearch.budget import parse_budget, resources
 from bitsearch.contenders import random_policies
+from bitsearch.damage import measure
 from bitsearch.diagnostics import rank_correlation
 from bitsearch.evaluate import interval
 from bitsearch.judge import Judge
 from bitsearch.objectives.estimators import ESTIMATORS
-from bitsearch.search import measure
 from bitsearch.session import Session, open_session
 from bitsearch.solvers import load_solver
 from bitsearch.solvers.problem import Problem

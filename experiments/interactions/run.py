@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from bitsearch.budget import parse_budget, resources
+from bitsearch.damage import measure
 from bitsearch.evaluate import interval
 from bitsearch.interactions import measured_sketch
 from bitsearch.judge import Judge
 from bitsearch.objectives.interactions import correlations, pair_terms
-from bitsearch.search import measure
 from bitsearch.session import Session, open_session
 from bitsearch.solvers import quadratic
 from bitsearch.solvers.problem import Problem

@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 
 from bitsearch.budget import parse_budget, resources
+from bitsearch.damage import measure
 from bitsearch.evaluate import interval
 from bitsearch.judge import Judge
 from bitsearch.kernels.profile_file import load_profile
 from bitsearch.kernels.regime import Regime, parse_regime
 from bitsearch.objectives.cost.latency import latency
 from bitsearch.profile import check_profile, make_profile
-from bitsearch.search import Request, measure, search
+from bitsearch.search import Request, search
 from bitsearch.session import Session, open_session
 from bitsearch.solvers import pareto_dp
 from bitsearch.solvers.problem import Choice, Problem

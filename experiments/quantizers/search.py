@@ -25,12 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsearch.budget import parse_budget, resources
+from bitsearch.damage import measure
 from bitsearch.evaluate import Quality, interval, perplexity
 from bitsearch.formats import parse_formats
 from bitsearch.judge import Judge
 from bitsearch.policy import load_policy
 from bitsearch.run import atomic_write, read_json
-from bitsearch.search import Request, measure, search
+from bitsearch.search import Request, search
 from bitsearch.session import Session, open_session
 from bitsearch.solvers import load_solver
 from bitsearch.solvers.problem import Problem

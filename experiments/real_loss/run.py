@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from bitsearch.budget import parse_budget, resources
 from bitsearch.calibration_loss import CalibrationLoss, calibration_loss, traits
+from bitsearch.damage import measure
 from bitsearch.judge import Judge
-from bitsearch.search import measure
 from bitsearch.session import Session, open_session
 from bitsearch.solvers import bayesian, evolution, multipliers, nsga2, pareto_dp, random_search
 from bitsearch.solvers.problem import Choice, Problem

@@ -27,13 +27,13 @@ import numpy as np
 from bitsearch.budget import check_feasible, parse_budget, resources
 from bitsearch.calibration_loss import solve_measured
 from bitsearch.contenders import byte_matched
+from bitsearch.damage import measure
 from bitsearch.errors import InfeasibleBudget
 from bitsearch.evaluate import interval
 from bitsearch.judge import Judge
 from bitsearch.models.load import open_layout
 from bitsearch.recipes import load_recipe, recipe_names
 from bitsearch.run import atomic_write, read_json
-from bitsearch.search import measure
 from bitsearch.session import Session, open_session
 from bitsearch.solvers import load_solver
 from bitsearch.solvers.measured import needs_loss

@@ -21,10 +21,10 @@ import transformers
 from numpy.typing import NDArray
 
 from bitsearch.budget import parse_budget, resources
+from bitsearch.damage import measure
 from bitsearch.diagnostics import rank_correlation
 from bitsearch.evaluate import interval
 from bitsearch.judge import Judge
-from bitsearch.search import measure
 from bitsearch.session import Session, open_session
 from bitsearch.solvers import load_solver
 from bitsearch.solvers.problem import Problem

@@ -374,7 +374,7 @@ def test_out_of_memory(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("bitsearch.search.monotone", fail)
+    monkeypatch.setattr("bitsearch.damage.monotone", fail)
     line = cli(*place.search()).complaint(5)
     assert "out of memory" in line and "shorter windows" in line
     monkeypatch.undo()

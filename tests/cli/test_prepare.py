@@ -41,6 +41,8 @@ def test_from_search_to_checkpoints(
     if tied:
         tie(place.model)
     found = cli(*place.search("6bpw", "--prepare", name, "--quantizer", "gptq"), "--json").json
+    planned = cli("plan", place.model, "--budget", "6bpw", "--prepare", name, "--json").json
+    assert [row["bytes"] for row in planned["budgets"]] == found["limit_bytes"]
     policy = place.run / "policy.json"
     content = json.loads(policy.read_text())
     made = content["quantizer"]["preparation"]

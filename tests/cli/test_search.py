@@ -39,7 +39,7 @@ def measured_cells(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         return counting
 
-    monkeypatch.setattr("bitsearch.search.load_estimator", watched)
+    monkeypatch.setattr("bitsearch.damage.load_estimator", watched)
     return asked
 
 
