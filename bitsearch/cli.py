@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from bitsearch.commands_export import add_commands
-from bitsearch.console import Stages, reporting
+from bitsearch.console import Stages, emit, reporting
 from bitsearch.errors import UsageError
 from bitsearch.options import (
     AtLeast,
@@ -92,7 +91,7 @@ def plan(
             target=target,
             prepare=prepare,
         )
-        _emit(found, json_, lambda: print_plan(found, units))
+        emit(found, json_, lambda: print_plan(found, units))
 
 
 @app.command()
@@ -145,7 +144,7 @@ def measure(
             "table": str(path),
         }
         shape = f"{table.shape[0]} units × {table.shape[1]} candidates"
-        _emit(found, json_, lambda: typer.echo(f"{shape} in {path}"))
+        emit(found, json_, lambda: typer.echo(f"{shape} in {path}"))
 
 
 @app.command()
@@ -241,7 +240,7 @@ def search(
         )
         found = run_search(session, request, stages)
         stages.__exit__()
-        _emit(found, json_, lambda: print_result(found))
+        emit(found, json_, lambda: print_result(found))
 
 
 @app.command()
@@ -302,51 +301,10 @@ def evaluate(
             progress=stages,
         )
         stages.__exit__()
-        _emit(found, json_, lambda: print_quality(found))
-
-
-@app.command()
-def quantize(
-    model: Model,
-    policy: Annotated[Path, typer.Option(help="Policy file.")],
-    out_: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")],
-    packed: Annotated[
-        bool, typer.Option("--packed", help="Exact bytes, in bitsearch's own layout.")
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="bfloat16, float16 or float32.  [default: float16 if the model is, else bfloat16]"
-        ),
-    ] = None,
-    statistics: Statistics = None,
-    device: Device = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint.")] = False,
-    json_: Json = False,
-) -> None:
-    """Write a checkpoint of a policy that transformers loads, or a packed one."""
-    with reporting(), Stages() as stages:
-        from bitsearch.checkpoint import quantize_model
-        from bitsearch.printing import print_checkpoint
-
-        found = quantize_model(
-            model,
-            policy,
-            out_,
-            packed=packed,
-            dtype=dtype,
-            statistics=statistics,
-            device=device,
-            force=force,
-            progress=stages,
-        )
-        stages.__exit__()
-        _emit(found, json_, lambda: print_checkpoint(found))
+        emit(found, json_, lambda: print_quality(found))
 
 
 add_commands(app)
-
-
 app.command()(profile)
 
 
@@ -360,7 +318,7 @@ def check(
         from bitsearch.check import check_path
 
         found = check_path(path)
-        _emit(found, json_, lambda: typer.echo(f"{path}: {found['kind']}, valid"))
+        emit(found, json_, lambda: typer.echo(f"{path}: {found['kind']}, valid"))
 
 
 @app.command(name="list")
@@ -380,14 +338,7 @@ def list_(
 
         found = catalogue(kind)
         rows = "\n".join(f"{row['name']:24} {row['about']}" for row in found)
-        _emit(found, json_, lambda: typer.echo(rows))
-
-
-def _emit(found: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
-    else:
-        show()
+        emit(found, json_, lambda: typer.echo(rows))
 
 
 _RECIPE_SETTINGS = ("candidates", "fuse", "quantizer", "prepare", "length", "windows")

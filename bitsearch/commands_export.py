@@ -1,15 +1,52 @@
-"""The commands `export` and `import`: parsing and printing only."""
+"""The commands `quantize`, `export` and `import`: parsing and printing only."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bitsearch.console import Stages, reporting
-from bitsearch.options import Device, Json, Statistics
+from bitsearch.console import Stages, emit, reporting
+from bitsearch.options import Device, Json, Model, Statistics
+
+
+def quantize(
+    model: Model,
+    policy: Annotated[Path, typer.Option(help="Policy file.")],
+    out_: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")],
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Exact bytes, in bitsearch's own layout.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32.  [default: float16 if the model is, else bfloat16]"
+        ),
+    ] = None,
+    statistics: Statistics = None,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint of a policy that transformers loads, or a packed one."""
+    with reporting(), Stages() as stages:
+        from bitsearch.checkpoint import quantize_model
+        from bitsearch.printing import print_checkpoint
+
+        found = quantize_model(
+            model,
+            policy,
+            out_,
+            packed=packed,
+            dtype=dtype,
+            statistics=statistics,
+            device=device,
+            force=force,
+            progress=stages,
+        )
+        stages.__exit__()
+        emit(found, json_, lambda: print_checkpoint(found))
 
 
 def export(
@@ -49,7 +86,7 @@ def export(
             progress=stages,
         )
         stages.__exit__()
-        typer.echo(json.dumps(found, indent=1)) if json_ else print_export(found)
+        emit(found, json_, lambda: print_export(found))
 
 
 def import_(
@@ -65,15 +102,16 @@ def import_(
         from bitsearch.exporters.pipeline import import_policy
 
         found = import_policy(file, from_, model, out_, force=force)
-        if json_:
-            typer.echo(json.dumps(found, indent=1))
-            return
-        typer.echo(f"{found['policy']}: {found['bytes']:,} bytes, {found['bpw']:.3f} bpw")
-        for note in found["notes"]:
-            typer.echo(f"not in the policy: {note}")
+        size = f"{found['bytes']:,} bytes, {found['bpw']:.3f} bpw"
+        lines = [
+            f"{found['policy']}: {size}",
+            *(f"not in the policy: {note}" for note in found["notes"]),
+        ]
+        emit(found, json_, lambda: typer.echo("\n".join(lines)))
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add both to the command line."""
+    """Add all three to the command line."""
+    app.command()(quantize)
     app.command()(export)
     app.command(name="import")(import_)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -87,3 +90,11 @@ class Stages:
             if not err.is_terminal:
                 err.print(f"{stage}: {total} steps")
         self._progress.update(self._tasks[stage], completed=done, total=total)
+
+
+def emit(found: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """One JSON object on standard output, or what people read."""
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        show()

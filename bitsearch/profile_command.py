@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Column, Table
 
-from bitsearch.console import Stages, out, reporting
+from bitsearch.console import Stages, emit, out, reporting
 from bitsearch.errors import UsageError
 from bitsearch.options import Json, Revision, Seed
 
@@ -95,10 +94,7 @@ def profile(
                     progress=stages,
                 )
         stages.__exit__()
-        if json_:
-            typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
-        else:
-            print_profile(found)
+        emit(found, json_, lambda: print_profile(found))
 
 
 def print_profile(found: dict[str, Any]) -> None:
