@@ -40,9 +40,12 @@ def correctness(result: dict[str, Any]) -> None:
     for bits, size, symmetric in itertools.product(range(1, 9), sizes, (True, False)):
         counts = [1, 2, 7, 8, 15, 16, 300]
         groups = 0 if size is None else 128 // size
+        name = f"int{bits}-{size}-{symmetric}"
+        # Items that warps share, in every part of a warp.
+        weight = random_fused([(6160, bits, size, symmetric)], 1100, bits)
+        _check(result, weight, [1, 16], tuple(LIMIT), name)
         for rows, columns in ((1040, 4096), (37, 300)):
             weight = random_fused([(rows, bits, size, symmetric)], columns, bits)
-            name = f"int{bits}-{size}-{symmetric}"
             _check(result, weight, counts, tuple(LIMIT), name)
             if (groups, not symmetric) in BATCHED:
                 _check(result, weight, [17, 40, 64, 200], (torch.bfloat16,), name)

@@ -56,9 +56,9 @@ struct Stream {
     DEVICE u32 head_bytes() const { return 4 * PIECE_PITCH * args.m; }
     DEVICE u32 ring_bytes() const { return STAGES * args.slot_bytes; }
     DEVICE int read(Word word) const { return same(int(shared<u32>(base + 4 * word))); }
-    DEVICE u32 item_at(int index) const { return shared<u32>(base + 4 * (ITEMS + index)); }
-    // Asked for by all lanes of a warp.
-    DEVICE u32 same_item(int index) const { return u32(same(int(item_at(index)))); }
+    // Where an item is written, and it, asked for by all lanes of a warp.
+    DEVICE u32 item_at(int index) const { return base + 4 * (ITEMS + index); }
+    DEVICE static u32 same_item(u32 at) { return u32(same(int(shared<u32>(at)))); }
     DEVICE const Segment& segment_of(u32 item) const { return args.segments[item >> 24]; }
     // Where the part of a warp begins in the row of all tiles.
     DEVICE static int part(int w, int tiles) { return tiles * w / WARPS; }
@@ -78,11 +78,13 @@ struct Stream {
             share(base + 4 * (i ? ITEMS + i - 1 : ITEM_COUNT), plan[i]);
         sync_block();
         const int length = read(COUNT), all = read(ITEM_COUNT) * length;
-        int index = same(part(warp, all) / length), tile = same(part(warp, all) % length);
+        int tile = same(part(warp, all) % length);
         int rest = same(part(warp + 1, all) - part(warp, all));
-        Ahead ahead{nullptr, index, length - tile, rest};
+        u32 at = item_at(same(part(warp, all) / length));
+        Ahead ahead{nullptr, at, length - tile, rest};
         if (rest) open(ahead);
         u32 slot = ring;
+#pragma unroll 1
         for (int stage = 0; stage < STAGES; ++stage) {
             prefetch(ahead, slot);
             slot = next_slot(slot);
@@ -92,17 +94,17 @@ struct Stream {
         load_x();
         copy_wait<0>();
         sync_block();
-        for (; rest; ++index, tile = 0) {
+        for (; rest; at += 4, tile = 0) {
             const int own = read(COUNT) - tile, left = rest < own ? rest : own;
             rest -= left;
             const bool whole = left == read(COUNT), is_head = tile;
-            const Segment& segment = segment_of(same_item(index));
+            const Segment& segment = segment_of(same_item(at));
             Sums total = {};
             ((Kinds::is(segment) ? walk<Kinds>(ahead, slot, tile, left, total) : void()), ...);
             // Items that other warps share are laid down: the first of this warp's part apart, the
             // last where the ring was, which is empty now.
             if (whole) {
-                const u32 item = same_item(index);
+                const u32 item = same_item(at);
                 each(total, [&](int row, int column, float value) {
                     keep(segment_of(item), item & 0xFFFFFF, row, column, value);
                 });
@@ -118,24 +120,25 @@ struct Stream {
         if (args.splits > 1) meet();
     }
 
-    // The next tile to be copied: of which item, tiles of the item and of all from it on.
+    // The next tile to be copied: where its item is written, tiles of the item and of all from it on.
     struct Ahead {
         const u8* planes;
-        int index, until, left;
+        u32 at;
+        int until, left;
     };
 
     // Copies a tile to a slot that nobody needs any more.
     DEVICE void prefetch(Ahead& ahead, u32 slot) const {
         if (ahead.left) {
             if (ahead.until == 0) {
-                ++ahead.index;
+                ahead.at += 4;
                 ahead.until = read(COUNT);
                 open(ahead);
             }
             if constexpr (sizeof...(Kinds) == 1) {
                 (fetch<Kinds>(ahead, slot), ...);
             } else {
-                const Segment& segment = segment_of(same_item(ahead.index));
+                const Segment& segment = segment_of(same_item(ahead.at));
                 ((Kinds::is(segment) ? fetch<Kinds>(ahead, slot) : void()), ...);
             }
             --ahead.until;
@@ -150,7 +153,7 @@ struct Stream {
     }
 
     DEVICE void open(Ahead& ahead) const {
-        const u32 item = same_item(ahead.index);
+        const u32 item = same_item(ahead.at);
         const Segment& segment = segment_of(item);
         const u8* block =
             args.data + segment.offset + (item & 0xFFFFFF) * (long long)segment.block_bytes;
@@ -286,7 +289,7 @@ struct Stream {
                 if (part(w + 1, all) > part(w, all))
                     value += shared<float>(piece + (column * PIECE_PITCH + row) * 4);
             }
-            const u32 item = item_at(index);
+            const u32 item = shared<u32>(item_at(index));
             keep(segment_of(item), item & 0xFFFFFF, row, column, value);
         }
     }
@@ -309,7 +312,7 @@ struct Stream {
         fence();
         sync_block();
         for (int i = thread; i < all; i += 32 * WARPS) {
-            const u32 item = item_at(i);
+            const u32 item = shared<u32>(item_at(i));
             u32* arrived = args.arrived + segment_of(item).block + (item & 0xFFFFFF);
             const u32 before = atomic_add(arrived, 1);
             if (before == last) *arrived = 0;
@@ -320,7 +323,7 @@ struct Stream {
         for (int i = thread; i < all * outputs; i += 32 * WARPS) {
             const int index = i / outputs, output = i % outputs;
             if (shared<u32>(seen + 4 * index) != last) continue;
-            const u32 item = item_at(index);
+            const u32 item = shared<u32>(item_at(index));
             const Segment& segment = segment_of(item);
             const int block = item & 0xFFFFFF;
             const float* from =
