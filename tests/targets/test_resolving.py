@@ -124,6 +124,11 @@ def with_mixed_members(content: dict[str, Any]) -> None:
     content["extra_config"]["model.layers.0.self_attn.q_proj"]["bits"] = 8
 
 
+def without_bits(content: dict[str, Any]) -> None:
+    """As AutoRound itself writes an entry that has the base's bits."""
+    del content["extra_config"]["model.layers.0.mlp.down_proj"]["bits"]
+
+
 def by_suffix(content: dict[str, Any]) -> None:
     """One group by a pattern, as recipes are often written."""
     groups = content["config_groups"]
@@ -134,12 +139,14 @@ def by_suffix(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("target", "undo"),
     [("gptqmodel", without_fused_rules), ("autoround", with_mixed_members),
+     ("autoround", without_bits),
      ("compressed-tensors", by_suffix)],
 )  # fmt: skip
 def test_vllm_misreads_what_is_written_less_carefully(
     environment: Any, make_policy: Make, tmp_path: Path, target: str, undo: Any
 ) -> None:
-    """Why rules name fused modules, their members take one format, and targets are full names."""
+    """Why rules name fused modules, their members take one format, entries say all of it, and
+    targets are full names."""
     engine = environment("vllm")
     path = make_policy(SYMMETRIC)
     policy = load_policy(path)

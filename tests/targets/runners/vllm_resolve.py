@@ -52,13 +52,17 @@ def gptq(config):
 
 def inc(config):
     from vllm.model_executor.layers.quantization.inc.inc import INCConfig
+    from vllm.model_executor.layers.quantization.inc.schemes import factory
 
     parsed = INCConfig.from_config(config)
     parsed.packed_modules_mapping = FUSED
+    found = []
+    factory.resolve_scheme = found.append  # what it would look for a kernel for
 
     def resolve(name):
-        layer = parsed.config_parser.resolve(torch.nn.Linear(1, 1), name)
-        return [layer.bits, layer.group_size, layer.sym] if layer.quantized else None
+        found.clear()
+        parsed.get_quant_method(torch.nn.Linear(1, 1), name)
+        return [found[0].bits, found[0].group_size, found[0].sym] if found else None
 
     return resolve
 
