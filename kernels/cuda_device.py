@@ -1,7 +1,7 @@
 """NVIDIA devices: integers of 2 to 8 bits by our own kernels, 16 bits by the library's.
 
-    int2..8, groups of 32k columns or a row   stream (to 16 rows), batch (to 64 where W is tall),
-                                              dequantize and cublas; several formats a launch
+    int2..8, groups of 32k columns or a row   stream (to 16 rows), batch (to 128), dequantize
+                                              and cublas; several formats a launch
     bf16                                      cublas
 
 All in bfloat16. Times are those of CUDA graphs.
@@ -116,7 +116,7 @@ class Cuda:
                 raise NoKernel(f"cuda has no kernel for {format.name}: {error}") from error
         if len(formats) > MAX_SEGMENTS:
             raise NoKernel(f"cuda takes {MAX_SEGMENTS} segments a launch, not {len(formats)}")
-        return kernel_of(launch.m, launch.n)
+        return kernel_of(launch.m)
 
     def timed(self, launch: Launch, rotation: int, seed: int) -> CudaTimed:
         return CudaTimed(self.kernel(launch), launch, rotation, seed)

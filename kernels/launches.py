@@ -37,13 +37,26 @@ class _Launch(Generic[P]):
     arrived: Tensor
 
 
-# Found by experiments/gpu on an H100: by units of 8 rows of x and the widest segment.
-TUNED: dict[tuple[int, int], Tuning] = {}
+# Found by experiments/gpu on an H100: by units of 8 rows of x and the widest segment; and of
+# asymmetric segments with several groups a tile, whose blocks need more registers.
+TUNED = {
+    **{(1, bits): Tuning(16, 4) for bits in (1, 2, 4, 5)},
+    (1, 3): Tuning(16, 3),
+    **{(1, bits): Tuning(12, 4) for bits in (6, 7)},
+    (1, 8): Tuning(8, 6),
+    **{(2, bits): Tuning(16, 4) for bits in (1, 2, 4)},
+    (2, 5): Tuning(16, 3),
+    **{(2, bits): Tuning(16, 2) for bits in (3, 6, 7, 8)},
+}
+TUNED_GROUPED = {1: Tuning(12, 3), 2: Tuning(16, 2)}
 
 
 def tuning_of(shapes: tuple[Shape, ...], m: int) -> Tuning:
     """How the streaming kernel is best built."""
-    return TUNED.get((-(-m // 8), max(shape.bits for shape in shapes)), Tuning())
+    units = -(-m // 8)
+    if any(shape.groups > 1 and not shape.symmetric for shape in shapes):
+        return TUNED_GROUPED[units]
+    return TUNED[units, max(shape.bits for shape in shapes)]
 
 
 def stream(

@@ -18,8 +18,8 @@ from bitsearch.kernels.fused import Fused
 from bitsearch.kernels.planes import Shape
 
 STREAM_ROWS = 16  # most rows of x that the streaming kernel takes
-# Measured on an H100: with more rows of x, or fewer of W, the library's product is faster.
-BATCH_ROWS, BATCH_OUTPUTS = 64, 16384
+# Measured on an H100: with more, dequantizing for the library's product is mostly faster.
+BATCH_ROWS = 128
 
 
 def matmul(
@@ -82,11 +82,11 @@ def _fused(data: Tensor, values: Sequence[int]) -> Fused:
     return Fused(shapes, data)
 
 
-def kernel_of(m: int, rows: int) -> str:
-    """The kernel for m rows of x and so many of W: `stream`, `batch` or `dequantize`."""
+def kernel_of(m: int) -> str:
+    """The kernel for m rows of x: `stream`, `batch` or `dequantize`."""
     if m <= STREAM_ROWS:
         return "stream"
-    return "batch" if m <= BATCH_ROWS and rows >= BATCH_OUTPUTS else "dequantize"
+    return "batch" if m <= BATCH_ROWS else "dequantize"
 
 
 @torch.library.custom_op("bitsearch::plane_matmul", mutates_args=())
@@ -107,7 +107,7 @@ def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overl
 def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overlap: bool) -> Tensor:
     weight = _fused(data, shapes)
     m, columns = x.shape
-    if kernel_of(m, weight.rows) == "dequantize":
+    if kernel_of(m) == "dequantize":
         return torch.nn.functional.linear(x, launches.dequantize(weight, x.dtype), bias)
     if m > STREAM_ROWS and columns % 8:
         x = torch.nn.functional.pad(x, (0, 8 - columns % 8))

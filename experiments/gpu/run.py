@@ -38,6 +38,7 @@ STEPS = {
     "profile_gemma": "tables",
     "profile_llama": "tables",
     "search": "tables",
+    "search_llama": "tables",
     "peers": "peers",
 }
 _QUERY = (

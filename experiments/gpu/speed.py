@@ -99,8 +99,7 @@ def wanted() -> list[str]:
     for dtype, bits, groups, zeros in every:
         kind = ((bits, groups, zeros),)
         for m in (1, 16):
-            how = launches.TUNED.get((m // 8 or 1, bits), Tuning())
-            found.append(entries.stream(dtype, m, kind, how))
+            found.append(entries.stream(dtype, m, kind, _tuned(kind, m)))
         found.append(entries.dequantize(dtype, kind))
     for bits, (groups, zeros) in itertools.product(range(1, 9), BATCHED):
         kind = ((bits, groups, zeros),)
@@ -120,12 +119,18 @@ def followers() -> list[str]:
     sets += [((2, 1, False), (4, 1, False), (8, 1, False)), ((2, 1, False), (8, 1, False))]
     sets += [((3, 1, False), (5, 1, False), (6, 1, False)), ((3, 1, False), (5, 1, False))]
     for kinds, m in itertools.product(sets, (1, 16)):
-        how = launches.TUNED.get((m // 8 or 1, max(bits for bits, *_ in kinds)), Tuning())
-        found.append(entries.stream(torch.bfloat16, m, kinds, how))
+        found.append(entries.stream(torch.bfloat16, m, kinds, _tuned(kinds, m)))
     for bits in range(2, 9):
-        how = launches.TUNED.get((1, bits), Tuning())
-        found.append(entries.stream(torch.bfloat16, 1, ((bits, 2, True),), how))
+        grouped = ((bits, 2, True),)
+        found.append(entries.stream(torch.bfloat16, 1, grouped, _tuned(grouped, 1)))
     return found
+
+
+def _tuned(kinds: tuple[entries.Kind, ...], m: int) -> Tuning:
+    """As `launches.tuning_of`."""
+    if any(groups > 1 and zeros for _, groups, zeros in kinds):
+        return launches.TUNED_GROUPED[-(-m // 8)]
+    return launches.TUNED[-(-m // 8), max(bits for bits, *_ in kinds)]
 
 
 def compile(result: dict[str, Any]) -> None:

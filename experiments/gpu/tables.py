@@ -71,17 +71,45 @@ def profile_llama(result: dict[str, Any]) -> None:
 
 
 def search(result: dict[str, Any]) -> None:
-    """Policies of gemma3-270m under a time and under bytes, each measured from end to end."""
-    path = OUT / "profile-gemma3-270m.jsonl"
-    profile, regime = load_profile(path), parse_regime("batch=1")
-    layout, config, _ = open_layout(str(HERE / "models" / "gemma3-270m"))
+    """Policies of gemma3-270m, by measured KL."""
     table = HERE.parent / "solver_gaps" / "tables" / "gemma3-270m.safetensors"
     damage, header = read_table(table)
+    layout, _, _ = open_layout(str(HERE / "models" / "gemma3-270m"))
+    names = [format.name for format in parse_formats(CANDIDATES["gemma3-270m"])]
+    assert [unit.name for unit in layout.units] == list(header["units"])
+    assert names == list(header["candidates"])
     with safe_open(table, framework="numpy") as file:
         size = np.asarray(file.get_tensor("bytes"), np.int64)
-    formats = list(parse_formats(CANDIDATES["gemma3-270m"]))
-    assert [unit.name for unit in layout.units] == list(header["units"])
-    assert [format.name for format in formats] == list(header["candidates"])
+    _search(result, "gemma3-270m", damage, size)
+
+
+def search_llama(result: dict[str, Any]) -> None:
+    """Policies of Llama-3-8B's shapes, by a made-up damage: there are no weights here.
+
+    A unit's damage is its sensitivity times 4^-bits times its weights; sensitivities are drawn,
+    log-normal with a spread of e.
+    """
+    layout, _, _ = open_layout(str(HERE / "models" / "llama3-8b"))
+    formats = parse_formats(CANDIDATES["llama3-8b"])
+    spread = np.exp(np.random.default_rng(0).normal(size=len(layout.units)))
+    damage = np.zeros((len(layout.units), len(formats)))
+    size = np.zeros(damage.shape, np.int64)
+    for row, unit in enumerate(layout.units):
+        for column, format in enumerate(formats):
+            for matrix in unit.matrices:
+                shape = matrix.out_features, matrix.in_features
+                size[row, column] += format.bytes(*shape)
+                if format.bits < 16:
+                    damage[row, column] += spread[row] * 4.0**-format.bits * shape[0] * shape[1]
+    _search(result, "llama3-8b", damage, size)
+
+
+def _search(result: dict[str, Any], model: str, damage: Any, size: Any) -> None:
+    """Policies under a time and under bytes, each measured from end to end."""
+    path = OUT / f"profile-{model}.jsonl"
+    profile, regime = load_profile(path), parse_regime("batch=1")
+    layout, config, _ = open_layout(str(HERE / "models" / model))
+    formats = list(parse_formats(CANDIDATES[model]))
     allowed = np.ones(damage.shape, bool)
     times = latency(profile, path, layout, formats, allowed, regime)
     device = open_device("cuda", 1)

@@ -145,13 +145,15 @@ void share(u32 at, Value value) {
 inline void sync_block() { pthread_barrier_wait(&host::self.block->barrier); }
 inline void sync_warp() { pthread_barrier_wait(&host::self.warp->barrier); }
 inline int same(int value) {
+#ifndef __SANITIZE_THREAD__  // whom a barrier here would hide races that a GPU has
     host::Warp& warp = *host::self.warp;
     warp.given[host::self.index % 32] = value;
     pthread_barrier_wait(&warp.barrier);
     const int first = warp.given[0];
     pthread_barrier_wait(&warp.barrier);
     if (value != first) std::abort();  // a GPU goes on with one lane's
-    return first;
+#endif
+    return value;
 }
 inline void fence() {}
 inline u32 atomic_add(u32* where, u32 value) {

@@ -111,7 +111,6 @@ struct Stream {
             } else if (is_head) {
                 store(heads + warp * head_bytes(), total);
             } else {
-                sync_warp();
                 store(ring, total);
             }
         }
@@ -208,8 +207,8 @@ struct Stream {
         for (; left > 0; --left) {
             copy_wait<STAGES - 1>();
             multiply<K>(slot, own, total);
-            // A tile of another width lies otherwise: over what other lanes read of this one.
-            if constexpr (sizeof...(Kinds) > 1) sync_warp();
+            // What comes into the slot next may lie otherwise, over what other lanes read of this.
+            sync_warp();
             prefetch(ahead, slot);
             slot = next_slot(slot);
             for (int c = 0; c < COLS; ++c) own[c] += 256;

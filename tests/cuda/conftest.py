@@ -66,6 +66,10 @@ def find_wrong(emulator: Emulator) -> str:
     cases: list[Case] = [
         stream_case(w, x, b, processors=11 if w is wide else 2) for w, x, b in given
     ]
+    # More tiles of a warp than are under way at once, of two widths.
+    deep = random_fused(FEW[4:6], 1504, 8)
+    given.append((deep, random_input(2, 1504, half), None))
+    cases.append(stream_case(deep, given[-1][1], processors=1))
     flat = random_fused([FEW[6], (300, 8, None, True)], 312, 4)
     for x in (random_input(20, 312, half), random_input(41, 312, bfloat)):
         given.append((flat, x, None))
