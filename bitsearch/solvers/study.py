@@ -126,6 +126,8 @@ def minimise(
         for parameters in first:
             study.enqueue_trial(dict(parameters), skip_if_exists=True)
         worker = "" if place is None else place.worker
+        # before it begins any trial: see `_left_behind`
+        study.set_user_attr(_name(worker), True)
         return _worked(study, worker, propose, loss, tokens, values)
 
 
@@ -158,13 +160,18 @@ def _worked(
 
 def _left_behind(study: Study, trials: Sequence[FrozenTrial], worker: str) -> Trial | None:
     """A trial that this worker began and did not finish."""
-    others = {t.user_attrs[_WORKER] for t in trials if _WORKER in t.user_attrs} - {worker}
+    # Killed before it could sign, a worker that was always alone still knows its own.
+    alone = {key for key in study.user_attrs if key.startswith(_name(""))} == {_name(worker)}
     for trial in trials:
-        # killed before it could sign, a worker that is alone still knows its own
-        signed = trial.user_attrs.get(_WORKER, None if others else worker)
+        signed = trial.user_attrs.get(_WORKER, worker if alone else None)
         if trial.state == TrialState.RUNNING and signed == worker:
             return Trial(study, trial._trial_id)
     return None
+
+
+def _name(worker: str) -> str:
+    """The study's attribute that tells of a worker."""
+    return f"{_WORKER} {worker}"
 
 
 @contextmanager

@@ -140,6 +140,19 @@ def test_another_worker_leaves_running_trials_alone(tmp_path: Path) -> None:
     assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
 
 
+def test_another_worker_leaves_a_trial_alone_that_nobody_signed_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.trial.Trial, "set_user_attr", stop)
+        solve("tpe", Counting(make_problem()), place_at(tmp_path, "one"), 6)
+    solve("tpe", Counting(make_problem()), place_at(tmp_path, "two"), 6)
+    assert trials_of(place_at(tmp_path))[0].state == optuna.trial.TrialState.RUNNING
+
+
 def test_a_policy_is_not_measured_twice(tmp_path: Path) -> None:
     loss = Counting(make_problem())
     solve("tpe", loss, place_at(tmp_path), 6)
