@@ -78,7 +78,7 @@ def partition(
     limit = shared_limit // tuning.resident - 1024
     mean = sum(shape.nbytes for shape in shapes) / (blocks * tiles)
     best: tuple[float, int] | None = None
-    for splits in range(1, tiles + 1):
+    for splits in range(1, min(tiles, workers) + 1):
         most = -(-blocks // max(1, min(workers, blocks * splits) // splits))
         if _shared_bytes(m, tiles, splits, slot, 2 * most + 8, tuning) > limit:
             continue
