@@ -82,20 +82,25 @@ def time_launches(
             refused[launch] = str(error)
     if not samples:
         raise BadInput(f"device {device.name} has no kernel for any of these shapes and formats")
-    watched = next(iter(samples))
+    # The same memory throughout: only the machine can make its times differ.
+    first = next(iter(samples))
+    watched = device.timed(first, rotation, seed)
     sentinel: list[float] = []
     generator = random.Random(seed)
     done = 0
-    for _ in range(rounds):
-        order = list(samples.values())
-        generator.shuffle(order)
-        for index, each in enumerate(order):
-            if index % EVERY == 0:
-                sentinel.append(_taken(device, Samples(watched), rotation, seed))
-            _taken(device, each, rotation, seed)
-            done += 1
-            progress(done, rounds * len(samples))
-    sentinel.append(_taken(device, Samples(watched), rotation, seed))
+    try:
+        for _ in range(rounds):
+            order = list(samples.values())
+            generator.shuffle(order)
+            for index, each in enumerate(order):
+                if index % EVERY == 0:
+                    sentinel.append(statistics.median(Samples(first).add(watched)))
+                _take(device, each, rotation, seed)
+                done += 1
+                progress(done, rounds * len(samples))
+        sentinel.append(statistics.median(Samples(first).add(watched)))
+    finally:
+        watched.close()
     drift = (max(sentinel) - min(sentinel)) / statistics.median(sentinel)
     if drift > device.stability.drift:
         raise BadInput(
@@ -122,11 +127,11 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float, float]:
     return min(times), low, middle, high
 
 
-def _taken(device: Device, samples: Samples, rotation: int, seed: int) -> float:
-    """Median nanoseconds of the samples taken now."""
+def _take(device: Device, samples: Samples, rotation: int, seed: int) -> None:
+    """Samples of a launch, on weights made for them."""
     timed = device.timed(samples.launch, rotation, seed)
     try:
-        return statistics.median(samples.add(timed))
+        samples.add(timed)
     finally:
         timed.close()
 

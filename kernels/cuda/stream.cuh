@@ -89,8 +89,10 @@ struct Stream {
             prefetch(ahead, slot);
             slot = next_slot(slot);
         }
-        let_next_kernel_start();
         wait_for_previous_kernel();
+        // Not sooner: blocks of two launches to come would then share some multiprocessors, and
+        // leave others idle.
+        let_next_kernel_start();
         load_x();
         copy_wait<0>();
         sync_block();
