@@ -98,8 +98,8 @@ def kinds(shapes: Iterable[Shape]) -> tuple[Kind, ...]:
 def stream(dtype: torch.dtype, m: int, kinds: Sequence[Kind], tuning: Tuning) -> str:
     """The streaming kernel for up to 8 or 16 rows of x.
 
-    Its registers are bounded so far that a multiprocessor holds the next launch's blocks too,
-    which then begin early; as far as the compiler manages without memory for them.
+    Its registers are bounded so far that a multiprocessor holds 1024 threads, or as many as the
+    compiler manages without memory for them.
     """
     parameters = f"{TYPES[dtype]}, {1 if m <= 8 else 2}, {tuning.warps}, {tuning.stages}"
     grouped = any(zeros and groups > 1 for _, groups, zeros in kinds)

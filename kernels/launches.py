@@ -37,25 +37,26 @@ class _Launch(Generic[P]):
     arrived: Tensor
 
 
-# Found by experiments/gpu on an H100: by units of 8 rows of x and the widest segment; and of
-# asymmetric segments with several groups a tile, whose blocks need more registers.
+# Found by experiments/gpu on an H100, by units of 8 rows of x and the widest segment; the last, of
+# asymmetric segments with several groups a tile. With up to 8 rows, a block must have a
+# multiprocessor to itself, by its registers or its shared memory: where two fit, blocks of one
+# launch come to share some multiprocessors while others idle, and a whole model takes far longer
+# than its launches do alone.
 TUNED = {
-    **{(1, bits): Tuning(16, 4) for bits in (1, 2, 4, 5)},
-    (1, 3): Tuning(16, 3),
-    **{(1, bits): Tuning(12, 4) for bits in (6, 7)},
-    (1, 8): Tuning(8, 6),
+    **{(1, bits): Tuning(24, 3) for bits in range(1, 7)},
+    **{(1, bits): Tuning(16, 4) for bits in (7, 8)},
     **{(2, bits): Tuning(16, 4) for bits in (1, 2, 4)},
     (2, 5): Tuning(16, 3),
     **{(2, bits): Tuning(16, 2) for bits in (3, 6, 7, 8)},
 }
-TUNED_GROUPED = {1: Tuning(12, 3), 2: Tuning(16, 2)}
+TUNED_GROUPED = Tuning(16, 2)
 
 
 def tuning_of(shapes: tuple[Shape, ...], m: int) -> Tuning:
     """How the streaming kernel is best built."""
     units = -(-m // 8)
     if any(shape.groups > 1 and not shape.symmetric for shape in shapes):
-        return TUNED_GROUPED[units]
+        return TUNED_GROUPED
     return TUNED[units, max(shape.bits for shape in shapes)]
 
 

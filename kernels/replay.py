@@ -15,7 +15,9 @@ class Replay:
     """
 
     def __init__(self, launches: Sequence[Callable[[], object]]) -> None:
-        self._count = len(launches)
+        self._launches: Sequence[Callable[[], object]] = (
+            launches  # the graph reads the memory that they hold
+        )
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -39,8 +41,9 @@ class Replay:
         end.record()
         end.synchronize()
         milliseconds: float = start.elapsed_time(end)
-        return 1e6 * milliseconds / (replays * self._count)
+        return 1e6 * milliseconds / (replays * len(self._launches))
 
     def close(self) -> None:
         """Free the graph and its memory."""
         self._graph.reset()
+        self._launches = ()

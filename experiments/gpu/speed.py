@@ -129,7 +129,7 @@ def followers() -> list[str]:
 def _tuned(kinds: tuple[entries.Kind, ...], m: int) -> Tuning:
     """As `launches.tuning_of`."""
     if any(groups > 1 and zeros for _, groups, zeros in kinds):
-        return launches.TUNED_GROUPED[-(-m // 8)]
+        return launches.TUNED_GROUPED
     return launches.TUNED[-(-m // 8), max(bits for bits, *_ in kinds)]
 
 

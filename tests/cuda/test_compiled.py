@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from bitsearch.errors import BadInput
-from bitsearch.kernels import calibrate, entries
+from bitsearch.kernels import calibrate, entries, launches
 from bitsearch.kernels.nvrtc import compile_kernel
-from bitsearch.kernels.partition import Tuning
+from bitsearch.kernels.partition import Tuning, partition
+from bitsearch.kernels.planes import Shape
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +100,22 @@ def test_instructions_a_weight(
     copies = [line for line in body if "LDGSTS" in line]
     assert sum(".128" in line for line in copies) == bits // 2
     assert not any(re.match(r"(LDL|STL)", line) for _, line in listing)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_block_of_few_rows_has_a_multiprocessor_to_itself(
+    cuobjdump: str, tmp_path: Path, bits: int
+) -> None:
+    shapes = (Shape(bits, 128, True, 6144, 640),)
+    how = launches.tuning_of(shapes, 1)
+    path = code_of(entries.stream(torch.bfloat16, 1, [(bits, 1, False)], how), "sm_90a", tmp_path)
+    usage = subprocess.run(
+        [cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    registers = max(int(found) for found in re.findall(r"REG:(\d+) STACK", usage))
+    shared = partition(shapes, 1, 132, 228 << 10, how).shared_bytes
+    fit = min(65536 // (registers * 32 * how.warps), (228 << 10) // (shared + 1024))
+    assert fit == 1, (registers, shared)
 
 
 def _loop(listing: list[tuple[int, str]]) -> list[str]:
