@@ -37,8 +37,9 @@ class _Launch(Generic[P]):
     arrived: Tensor
 
 
-# Found by experiments/gpu on an H100, by units of 8 rows of x and the widest segment; the last, of
-# asymmetric segments with several groups a tile. With up to 8 rows, a block must have a
+# Found by experiments/gpu on an H100, by units of 8 rows of x and the widest segment; of asymmetric
+# segments with several groups a tile; and, not timed, of more than three kinds, whose kernels need
+# more registers than more warps would leave. With up to 8 rows, a block must have a
 # multiprocessor to itself, by its registers or its shared memory: where two fit, blocks of one
 # launch come to share some multiprocessors while others idle, and a whole model takes far longer
 # than its launches do alone.
@@ -49,12 +50,14 @@ TUNED = {
     (2, 5): Tuning(16, 3),
     **{(2, bits): Tuning(16, 2) for bits in (3, 6, 7, 8)},
 }
-TUNED_GROUPED = Tuning(16, 2)
+TUNED_GROUPED, TUNED_MANY = Tuning(16, 2), Tuning(12, 3)
 
 
 def tuning_of(shapes: tuple[Shape, ...], m: int) -> Tuning:
     """How the streaming kernel is best built."""
     units = -(-m // 8)
+    if len(entries.kinds(shapes)) > 3:
+        return TUNED_MANY
     if any(shape.groups > 1 and not shape.symmetric for shape in shapes):
         return TUNED_GROUPED
     return TUNED[units, max(shape.bits for shape in shapes)]

@@ -16,7 +16,7 @@ import torch
 from bitsearch.errors import BadInput
 from bitsearch.kernels import calibrate, entries, launches
 from bitsearch.kernels.nvrtc import compile_kernel
-from bitsearch.kernels.partition import Tuning, partition
+from bitsearch.kernels.partition import partition
 from bitsearch.kernels.planes import Shape
 
 pytestmark = pytest.mark.slow
@@ -48,6 +48,15 @@ def code_of(entry: str, target: str, folder: Path) -> Path:
     return path
 
 
+def stream(dtype: torch.dtype, m: int, kinds: list[entries.Kind]) -> str:
+    """The streaming kernel as it is launched for segments of these kinds."""
+    shapes = tuple(
+        Shape(bits, 128 // groups if groups else 0, not zeros, 16, 128)
+        for bits, groups, zeros in kinds
+    )
+    return entries.stream(dtype, m, kinds, launches.tuning_of(shapes, m))
+
+
 def every_entry() -> dict[str, str]:
     """One entry point of each kernel, type and number of columns, of several kinds."""
     kinds = [(2, 4, True), (3, 1, False), (4, 2, True), (5, 0, True), (7, 1, True), (8, 1, False)]
@@ -57,10 +66,12 @@ def every_entry() -> dict[str, str]:
         found[f"tokens {name}"] = entries.tokens(dtype)
         found[f"dequantize {name}"] = entries.dequantize(dtype, kinds)
         for m in (1, 16):
-            found[f"mixed {name} {m}"] = entries.stream(dtype, m, kinds, Tuning())
+            found[f"mixed {name} {m}"] = stream(dtype, m, kinds)
             few = [(2, 2, True), (4, 2, True), (8, 2, True)]
-            found[f"asymmetric {name} {m}"] = entries.stream(dtype, m, few, Tuning())
-            found[f"stream {name} {m}"] = entries.stream(dtype, m, kinds[1:2], Tuning())
+            three = [(2, 1, False), (5, 1, False), (8, 1, False)]
+            found[f"three {name} {m}"] = stream(dtype, m, three)
+            found[f"asymmetric {name} {m}"] = stream(dtype, m, few)
+            found[f"stream {name} {m}"] = stream(dtype, m, kinds[1:2])
         for kind in ((2, 2, False), (4, 1, True), (7, 4, True)):
             for cols in (4, 8) if kind[1] == 1 else (4,):
                 label = f"{name} {cols} {kind}"
@@ -88,7 +99,7 @@ def test_nothing_is_spilled(cuobjdump: str, tmp_path: Path, target: str) -> None
 def test_instructions_a_weight(
     cuobjdump: str, tmp_path: Path, bits: int, dtype: torch.dtype
 ) -> None:
-    entry = entries.stream(dtype, 1, [(bits, 1, False)], Tuning())
+    entry = stream(dtype, 1, [(bits, 1, False)])
     path = code_of(entry, "sm_90a", tmp_path)
     text = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True)
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text.stdout)
