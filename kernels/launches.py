@@ -14,7 +14,7 @@ from bitsearch.kernels import entries
 from bitsearch.kernels.batch_partition import BatchPartition, batch_partition
 from bitsearch.kernels.driver import load
 from bitsearch.kernels.fused import Fused
-from bitsearch.kernels.partition import Partition, Tuning, partition
+from bitsearch.kernels.partition import Partition, Tuning, fitting, partition
 from bitsearch.kernels.planes import Shape
 
 P = TypeVar("P", Partition, BatchPartition)
@@ -61,6 +61,12 @@ def tuning_of(shapes: tuple[Shape, ...], m: int) -> Tuning:
     if any(shape.groups > 1 and not shape.symmetric for shape in shapes):
         return TUNED_GROUPED
     return TUNED[units, max(shape.bits for shape in shapes)]
+
+
+@cache
+def tuning_for(shapes: tuple[Shape, ...], m: int, device: int) -> Tuning:
+    """How the streaming kernel is built for a device: best, or as there is room for it."""
+    return fitting(shapes, m, processors(device), _shared(device), tuning_of(shapes, m))
 
 
 def stream(
@@ -201,12 +207,16 @@ def processors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _shared(device: int) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
 @cache
 def _stream_plan(
     shapes: tuple[Shape, ...], m: int, device: int, stream: int, tuning: Tuning
 ) -> _Launch[Partition]:
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    found = partition(shapes, m, processors(device), limit, tuning)
+    found = partition(shapes, m, processors(device), _shared(device), tuning)
     place = torch.device("cuda", device)
     return _Launch(
         found,

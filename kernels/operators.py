@@ -117,7 +117,8 @@ def _(x: Tensor, data: Tensor, shapes: Sequence[int], bias: Tensor | None, overl
     if m > STREAM_ROWS:
         launches.batch(x, weight, bias, out, overlap=overlap)
     elif m:
-        launches.stream(x, weight, bias, out, launches.tuning_of(weight.shapes, m), overlap)
+        tuning = launches.tuning_for(weight.shapes, m, x.device.index)
+        launches.stream(x, weight, bias, out, tuning, overlap)
     return out
 
 

@@ -119,6 +119,28 @@ def partition(
     )
 
 
+def fitting(
+    shapes: Sequence[Shape], m: int, processors: int, shared_limit: int, tuning: Tuning
+) -> Tuning:
+    """The tuning, or the largest smaller one that the device's shared memory has room for.
+
+    Args:
+        shapes: segments of the fused matrix.
+        m: rows of x, 1 to 16.
+        processors: multiprocessors of the device.
+        shared_limit: bytes of shared memory that one multiprocessor gives blocks.
+        tuning: how the kernel is best built where there is room.
+
+    """
+    for smaller in (tuning, Tuning(16, 3), Tuning(12, 3), Tuning(8, 3), Tuning(8, 2)):
+        try:
+            partition(shapes, m, processors, shared_limit, smaller)
+        except BadInput:
+            continue
+        return smaller
+    return Tuning(4, 2)
+
+
 def lane_bytes(shape: Shape) -> int:
     """Shared memory of a tile: planes, and each lane's copies of its scales and zero points."""
     zeros = 0 if shape.symmetric else 32 * (8 if shape.groups == 4 else 4)
