@@ -128,3 +128,37 @@ def test_what_is_not_read_is_refused(export: Export, tmp_path: Path) -> None:
     gone = refusal({}, drop="model.layers.0.mlp.down_proj.scales")
     assert "holds no 'model.layers.0.mlp.down_proj.scales'" in gone
     assert "holds no 'model.norm.weight'" in refusal({}, drop="model.norm.weight")
+
+
+def test_the_group_of_a_column_is_the_one_that_the_file_names(export: Export) -> None:
+    """Two groups trade places, and the index of groups says so: the values are as before."""
+    name = "model.layers.0.mlp.down_proj"
+    _, out = export("gptqmodel", {"0.mlp.down_proj": "int4-g64"})
+    before = opened(out)
+    assert before is not None
+    expected = before.get_parameter(f"{name}.weight")
+    file = out / "model.safetensors"
+    stored = load_file(file)
+    for key in ("scales", "qzeros"):
+        stored[f"{name}.{key}"] = stored[f"{name}.{key}"][[1, 0, *range(2, 8)]].contiguous()
+    index = stored[f"{name}.g_idx"]
+    stored[f"{name}.g_idx"] = torch.where(index < 2, 1 - index, index)
+    save_file(stored, file, metadata={"format": "pt"})
+    after = opened(out)
+    assert after is not None
+    assert torch.equal(after.get_parameter(f"{name}.weight"), expected)
+
+
+def test_compressed_columns_in_another_order_are_refused(export: Export) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    _, out = export("compressed-tensors", {"0.mlp.down_proj": "int4-g64-sym"})
+    file = out / "model.safetensors"
+    save_file(
+        load_file(file) | {f"{name}.weight_g_idx": torch.arange(512, dtype=torch.int32) // 64},
+        file,
+        metadata={"format": "pt"},
+    )
+    found = opened(out)
+    assert found is not None
+    with pytest.raises(BadInput, match="has its columns in another order"):
+        found.get_parameter(f"{name}.weight")
