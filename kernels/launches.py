@@ -40,9 +40,9 @@ class _Launch(Generic[P]):
 # Found by experiments/gpu on an H100, by units of 8 rows of x and the widest segment; of asymmetric
 # segments with several groups a tile; and, not timed, of more than three kinds, whose kernels need
 # more registers than more warps would leave. With up to 8 rows, a block must have a
-# multiprocessor to itself, by its registers or its shared memory: where two fit, blocks of one
-# launch come to share some multiprocessors while others idle, and a whole model takes far longer
-# than its launches do alone.
+# multiprocessor to itself, by its registers or its shared memory: where two fit, a whole model took
+# far longer than its launches do alone, most likely since blocks of one launch then share some
+# multiprocessors while others idle.
 TUNED = {
     **{(1, bits): Tuning(24, 3) for bits in range(1, 7)},
     **{(1, bits): Tuning(16, 4) for bits in (7, 8)},
