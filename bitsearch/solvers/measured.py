@@ -28,17 +28,14 @@ class Loss(Protocol):
     @property
     def pieces(self) -> int:
         """Number of pieces."""
-        ...
 
     @property
     def piece_tokens(self) -> int:
         """Tokens of each piece."""
-        ...
 
     @property
     def spent(self) -> int:
         """Tokens measured so far; a policy counts once on each piece."""
-        ...
 
     def __call__(
         self, choices: Sequence[Choice], pieces: Sequence[int], base: Choice | None = None
@@ -54,7 +51,6 @@ class Loss(Protocol):
         Returns:
             (choices, pieces), finite.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

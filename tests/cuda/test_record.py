@@ -41,13 +41,15 @@ def test_every_kernel_was_right_on_a_gpu() -> None:
     assert all("0 errors" in row["output"] for row in record("sanitizer")["rows"])
 
 
-@pytest.mark.parametrize("m", [1, 16])
+# xfail is strict: a record that is right asks for the mark to go
+AGAIN = "one row: blocks of two launches shared multiprocessors; to be run again"
+
+
+@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.xfail(reason=AGAIN)), 16])
 def test_stack_is_predicted_by_its_launches(m: int) -> None:
     rows = [row for row in record("stack")["rows"] if "predicted_us" in row and row["m"] == m]
     errors = [abs(row["predicted_us"] / row["us"] - 1) for row in rows]
     assert len(rows) >= 6
-    if m == 1 and sum(errors) / len(errors) >= 0.05:
-        pytest.xfail("one row: blocks of two launches shared multiprocessors; to be run again")
     assert sum(errors) / len(errors) < 0.05
 
 
