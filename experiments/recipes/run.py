@@ -103,7 +103,8 @@ def _rows(
         "seed": options.seed,
     }
     print(f"{name}, {whose} candidates", flush=True)
-    with open_session(options.model, options.out / f"{name}-{whose}", options.device, given) as run:
+    folder = options.out / f"{Path(options.model).name}-{name}-{whose}"
+    with open_session(options.model, folder, options.device, given) as run:
         for text in budgets:
             row = {"recipe": name, "candidates_of": whose, "budget": text, "formats": candidates}
             row |= {part: parts[part] for part in ("damage", "solver", "quantizer", "prepare")}
