@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +32,13 @@ from bitsearch.kernels.profiler import time_launches
 from bitsearch.kernels.regime import Regime, launch_of
 from bitsearch.models.load import open_layout
 from bitsearch.objectives.cost.analytic import NUMBERS, estimated_cells
-from bitsearch.objectives.cost.assemble import assemble, check_context, longest_context
+from bitsearch.objectives.cost.assemble import check_context, longest_context
+from bitsearch.objectives.cost.in_step import in_steps
 from bitsearch.objectives.cost.latency import latency, regime_of
 from bitsearch.objectives.cost.rest import rest_cell, runnable
+from bitsearch.objectives.cost.steps import configurations, measured_step
 from bitsearch.run import atomic_write
-from bitsearch.units import ModelLayout, Unit
+from bitsearch.units import ModelLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,11 +46,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
-Choice = list[tuple[Unit, Format]]
 
-RANDOM_CONFIGURATIONS = 24
 CONTEXTS = (256, 1024)
-_SAMPLES, _WARM = 9, 2
 
 
 def make_profile(
@@ -113,9 +111,19 @@ def make_profile(
         progress=lambda done, total: progress("launches", done, total),
     )
     for done, regime in enumerate(regimes):
-        progress("steps", done, len(regimes))
+        progress("rests", done, len(regimes))
         cells.append(rest_cell(opened, layout, config, formats, regime))
-    progress("steps", len(regimes), len(regimes))
+    progress("rests", len(regimes), len(regimes))
+    cells, in_step = in_steps(
+        opened,
+        layout,
+        config,
+        formats,
+        regimes,
+        cells,
+        seed=seed,
+        progress=lambda done, total: progress("steps", done, total),
+    )
     header = Header(
         tool=f"bitsearch {version('bitsearch')}",
         date=time.strftime("%Y-%m-%d"),
@@ -132,6 +140,7 @@ def make_profile(
             seed=seed,
         ),
         sentinel=sentinel,
+        in_step=in_step,
         model=model,
         model_type=layout.model_type,
         load=(busy, processor.load()),
@@ -188,6 +197,7 @@ def estimate_profile(
         calibration=found,
         protocol=Protocol(clock="none", rotation_bytes=1, rounds=1, seed=0),
         sentinel=None,
+        in_step=None,
         model=model,
         model_type=layout.model_type,
         load=(0.0, 0.0),
@@ -259,56 +269,6 @@ def describe(profile: Profile, path: Path) -> dict[str, Any]:
     return {"profile": str(path), "use": profile.header.use, **header, "table": cells}
 
 
-def configurations(
-    device: Device,
-    layout: ModelLayout,
-    formats: Sequence[Format],
-    regime: Regime,
-    count: int,
-    seed: int,
-) -> dict[str, Choice]:
-    """Every uniform policy, and random ones, of the formats that run.
-
-    `uniform-F` is F wherever it has a kernel; elsewhere the next wider format that has
-    one, or else the widest. `random-N` first draws up to four formats, then one of
-    these for each unit, so that policies differ in time and not only in order.
-    """
-    runs = runnable(device, layout, formats, regime)
-    found: dict[str, Choice] = {}
-    for format in formats:
-        if any(format in each for each in runs.values()):
-            choice = [(unit, _nearest(unit, format, runs[unit.name])) for unit in layout.units]
-            found[f"uniform-{format.name}"] = choice
-    generator = random.Random(seed)
-    for index in range(count):
-        drawn = generator.sample(list(formats), generator.randint(1, min(4, len(formats))))
-        found[f"random-{index}"] = [
-            (unit, generator.choice([f for f in runs[unit.name] if f in drawn] or runs[unit.name]))
-            for unit in layout.units
-        ]
-    return found
-
-
-def measured_step(
-    device: Device,
-    layout: ModelLayout,
-    config: PreTrainedConfig,
-    choice: Choice,
-    regime: Regime,
-    weights: Any = None,
-) -> tuple[float, float]:
-    """Median nanoseconds of a whole step: on the device's clock, and on the wall's."""
-    model = assemble(device, layout, config, choice, regime, weights)
-    try:
-        for _ in range(_WARM):
-            model.step.sample()
-        seen = [model.step.sample() for _ in range(_SAMPLES)]
-    finally:
-        model.close()
-    clock, wall = (statistics.median(times) for times in zip(*seen, strict=True))
-    return clock, wall
-
-
 def _checked(
     profile: Profile,
     path: Path,
@@ -323,7 +283,7 @@ def _checked(
     table = latency(
         profile, path, layout, formats, np.ones((len(layout.units), len(formats)), bool), regime
     )
-    choices = configurations(device, layout, formats, regime, RANDOM_CONFIGURATIONS, seed)
+    choices = configurations(device, layout, formats, regime, seed)
     rows = []
     for done, (name, choice) in enumerate(choices.items()):
         progress(f"check {regime.text}", done, len(choices))
@@ -361,12 +321,3 @@ def _timed_formats(cells: Sequence[Cell]) -> list[Format]:
         for _, name in cell.segments
     )
     return [parse_format(name) for name in names]
-
-
-def _nearest(unit: Unit, format: Format, runs: Sequence[Format]) -> Format:
-    """The format itself, the next wider one that runs, or the widest."""
-    if format in runs:
-        return format
-    size = format.bytes(1, 4096)
-    wider = [other for other in runs if other.bytes(1, 4096) >= size]
-    return wider[0] if wider else runs[-1]

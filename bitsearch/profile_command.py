@@ -116,6 +116,7 @@ def print_profile(found: dict[str, Any]) -> None:
 def _print_cells(found: dict[str, Any]) -> None:
     table = Table(
         "launch", "rows", "format", Column("µs", justify="right"), Column("quartiles"),
+        Column("in a step", justify="right"),
         Column("GB/s", justify="right"), Column("error", justify="right"), "", box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )  # fmt: skip
@@ -131,6 +132,7 @@ def _print_cells(found: dict[str, Any]) -> None:
             "+".join(format for _, format in cell["segments"]) or cell["phase"],
             f"{cell['median_us']:.1f}",
             f"{cell['p25_us']:.1f}–{cell['p75_us']:.1f}",
+            "" if cell["step_us"] is None else f"{cell['step_us']:.1f}",
             f"{cell['bytes'] / cell['median_us'] / 1e3:.1f}" if cell["median_us"] else "",
             f"{cell['error']:.4f}" if cell["op"] == "linear" else "",
             "" if cell["status"] == "ok" else cell["status"],
@@ -145,6 +147,12 @@ def _print_cells(found: dict[str, Any]) -> None:
         out.print(
             f"sentinel drifted by {100 * sentinel['drift']:.1f} % over {found['seconds']:.0f} s; "
             f"processes a core {found['load'][0]:.1f} before, {found['load'][1]:.1f} after"
+        )
+    if (in_step := found["in_step"]) is not None:
+        out.print(
+            f"{in_step['steps']} whole steps: sums of lone launches miss "
+            f"{100 * in_step['alone_error']:.1f} %, times inside of steps "
+            f"{100 * in_step['fitted_error']:.1f} % of each left out"
         )
     if found["estimated"]:
         out.print("estimated from a few numbers, not measured: search with --estimated")

@@ -76,6 +76,7 @@ class Clockwork:
         rate: nanoseconds a weight by format name; others have no kernel.
         launch, each, rest: as above.
         factor: what a whole step takes beside its prediction, by the units' formats.
+        inside: nanoseconds that a launch takes more inside a step, of those that it takes alone.
         noise: factors of the samples that `timed` gives, one after another.
     """
 
@@ -84,6 +85,7 @@ class Clockwork:
     each: float = 0.1
     rest: float = 50_000.0
     factor: Callable[[Mapping[str, str]], float] = lambda formats: 1.0
+    inside: Callable[[float], float] = lambda alone: 0.0
     noise: Iterator[float] | None = None
     name: str = "clockwork"
     place: str = "cpu"
@@ -146,13 +148,13 @@ class Clockwork:
         inside = [unit for block in shape.blocks for unit in block.units.values()]
         all_units = {u.name: u for u in (shape.embedding, *inside, shape.head)}
         formats = {name: units(unit)[0] for name, unit in all_units.items()}
-        stack = sum(
+        alone = [
             self.nanoseconds(launch_of(unit, formats[name], regime))
             for name, unit in all_units.items()
             if is_launched(unit, shape.head is shape.embedding)
-        )
-        step = (stack + self.rest * regime.rows) * self.factor(formats)
-        return ClockworkModel(Constant(step), Constant(stack))
+        ]
+        step = sum(time + self.inside(time) for time in alone) + self.rest * regime.rows
+        return ClockworkModel(Constant(step * self.factor(formats)), Constant(sum(alone)))
 
 
 @dataclass

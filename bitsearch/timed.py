@@ -27,8 +27,9 @@ from bitsearch.kernels.regime import Regime
 from bitsearch.models.load import open_layout
 from bitsearch.objectives.cost.assemble import Weights
 from bitsearch.objectives.cost.latency import Latency, latency
+from bitsearch.objectives.cost.steps import measured_step
 from bitsearch.policy import PolicyLatency
-from bitsearch.profile import make_profile, measured_step
+from bitsearch.profile import make_profile
 from bitsearch.run import file_sha256
 from bitsearch.session import Progress, Session
 from bitsearch.solvers.problem import Choice, Problem

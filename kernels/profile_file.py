@@ -53,6 +53,25 @@ class Sentinel(_Strict):
     times: int
 
 
+class InStep(_Strict):
+    """Whether times inside of steps replace those of lone launches.
+
+    Attributes:
+        steps: whole steps that were timed.
+        alone_error: of the sums of lone launches: root mean square, relative to each step.
+        fitted_error: of times inside of steps, of each step when it was left out.
+    """
+
+    steps: int
+    alone_error: float = Field(ge=0)
+    fitted_error: float = Field(ge=0)
+
+    @property
+    def used(self) -> bool:
+        """Whether they do: they predict better, by more than a thousandth of a step."""
+        return self.fitted_error < self.alone_error - 1e-3
+
+
 class Checked(_Strict):
     """One configuration of a model, predicted and measured from end to end."""
 
@@ -108,6 +127,7 @@ class Header(_Strict):
     calibration: dict[str, float]
     protocol: Protocol
     sentinel: Sentinel | None
+    in_step: InStep | None = None
     model: str
     model_type: str
     load: tuple[float, float]
@@ -136,7 +156,8 @@ class Cell(_Strict):
         phase: `decode` or `prefill`, of a rest.
         kernel: the device's name of what ran.
         activations: type that the kernel multiplies in.
-        median_us, p25_us, p75_us, min_us: over n samples.
+        median_us, p25_us, p75_us, min_us: over n samples; of a launch alone.
+        step_us: what a launch, or the rest, adds to a whole step; None where no step has it.
         bytes: read and written by a launch; of a rest, its KV cache.
         fixed: share of the median that the smallest launch takes as well.
         error: largest error of the result, see `devices.Timed`.
@@ -156,6 +177,7 @@ class Cell(_Strict):
     p25_us: Time
     p75_us: Time
     min_us: Time
+    step_us: Time | None = None
     n: int
     bytes: int
     fixed: float
@@ -170,6 +192,11 @@ class Cell(_Strict):
         if (self.op == "rest") != (self.phase is not None and self.context is not None):
             raise ValueError("a rest has a phase and a context, a launch has none")
         return self
+
+    @property
+    def adds_us(self) -> float:
+        """Microseconds that it adds to a step, as far as is known."""
+        return self.median_us if self.step_us is None else self.step_us
 
     @property
     def launch(self) -> Launch:

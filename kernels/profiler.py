@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bitsearch.errors import BadInput
+from bitsearch.formats import parse_format
 from bitsearch.kernels.devices import Device, Launch, NoKernel, Timed
 from bitsearch.kernels.profile_file import Cell, Sentinel
 
@@ -82,9 +83,10 @@ def time_launches(
             refused[launch] = str(error)
     if not samples:
         raise BadInput(f"device {device.name} has no kernel for any of these shapes and formats")
-    # The same memory throughout: only the machine can make its times differ.
-    first = next(iter(samples))
-    watched = device.timed(first, rotation, seed)
+    # The same memory throughout: only the machine can make its times differ. The longest launch,
+    # as those of few bytes differ by themselves.
+    longest = max(samples, key=_weight_bytes)
+    watched = device.timed(longest, rotation, seed)
     sentinel: list[float] = []
     generator = random.Random(seed)
     done = 0
@@ -94,11 +96,11 @@ def time_launches(
             generator.shuffle(order)
             for index, each in enumerate(order):
                 if index % EVERY == 0:
-                    sentinel.append(statistics.median(Samples(first).add(watched)))
+                    sentinel.append(statistics.median(Samples(longest).add(watched)))
                 _take(device, each, rotation, seed)
                 done += 1
                 progress(done, rounds * len(samples))
-        sentinel.append(statistics.median(Samples(first).add(watched)))
+        sentinel.append(statistics.median(Samples(longest).add(watched)))
     finally:
         watched.close()
     drift = (max(sentinel) - min(sentinel)) / statistics.median(sentinel)
@@ -125,6 +127,10 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float, float]:
         return times[0], times[0], times[0], times[0]
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return min(times), low, middle, high
+
+
+def _weight_bytes(launch: Launch) -> int:
+    return sum(parse_format(name).bytes(rows, launch.k) for rows, name in launch.segments)
 
 
 def _take(device: Device, samples: Samples, rotation: int, seed: int) -> None:

@@ -18,7 +18,8 @@ from bitsearch.kernels.profile_file import load_profile
 from bitsearch.kernels.regime import parse_regime
 from bitsearch.models.load import open_layout
 from bitsearch.objectives.cost.latency import latency
-from bitsearch.profile import check_profile, make_profile, measured_step
+from bitsearch.objectives.cost.steps import measured_step
+from bitsearch.profile import check_profile, make_profile
 from bitsearch.solvers import load_solver
 from bitsearch.solvers.problem import Problem
 from bitsearch.tables import read_table

@@ -5,6 +5,7 @@
 The sum over launches is additive, as in HAWQ-V3 (Yao et al., ICML 2021, section 3.4)
 and Q-Palette (Lee and Song, NeurIPS 2025, section 4); `rest` is what a step takes
 beyond its launches: attention over the stated context, norms, the embedding's lookup.
+Launches count as they are inside a step where the table tells (`in_step`), else as alone.
 Times are integers in nanoseconds, so that solvers add them exactly.
 """
 
@@ -117,10 +118,10 @@ class _Table:
                 raise NoKernel(cell.why or f"{self._profile.header.device} has no kernel for it")
             if cell.status == "unstable":
                 self.notes[f"unstable times of {_name(launch)}"] = None
-            return cell.median_us
+            return cell.adds_us
         (_, format), *_ = launch.segments
         near = sorted(
-            (other.n, cell.median_us)
+            (other.n, cell.adds_us)
             for other, cell in self._launches.items()
             if (other.m, other.k, other.segments[0][1]) == (launch.m, launch.k, format)
             and len(other.segments) == 1
@@ -143,7 +144,7 @@ class _Table:
             if cell.op == "rest" and cell.phase == regime.phase and _fits(cell, regime)
         }
         if regime.context in timed:
-            return timed[regime.context].median_us, []
+            return timed[regime.context].adds_us, []
         contexts = sorted(timed)
         if regime.phase == "prefill" or len(contexts) < 2:
             raise BadInput(
@@ -153,10 +154,10 @@ class _Table:
         # Attention reads the cache once: its time is a line in the context.
         low = max([c for c in contexts[:-1] if c <= regime.context], default=contexts[0])
         high = contexts[contexts.index(low) + 1]
-        slope = (timed[high].median_us - timed[low].median_us) / (high - low)
+        slope = (timed[high].adds_us - timed[low].adds_us) / (high - low)
         inside = contexts[0] <= regime.context <= contexts[-1]
         note = f"rest of a step {'between' if inside else 'beyond'} timed contexts"
-        return max(0.0, timed[low].median_us + slope * (regime.context - low)), [note]
+        return max(0.0, timed[low].adds_us + slope * (regime.context - low)), [note]
 
 
 def _fits(cell: Cell, regime: Regime) -> bool:

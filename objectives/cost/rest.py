@@ -4,7 +4,7 @@
 
 over a model in its narrowest formats and one in its widest, with the step and the stack
 of its launches timed in turn, so that what the launches do to the caches is in it. No
-time of a single launch takes part: the table's sums are predictions, not a fit.
+time of a single launch takes part; what lone launches miss is told by `in_step`.
 """
 
 from __future__ import annotations

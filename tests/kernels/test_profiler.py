@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import chain, cycle, repeat
-from statistics import median
 
 import pytest
 
@@ -69,4 +68,5 @@ def test_the_sentinel_comes_back_throughout(clockwork: Clockwork) -> None:
     many = [Launch(1, 256, ((64 + n, "int4-g32"),)) for n in range(2 * EVERY + 1)]
     _, sentinel = timed(clockwork, many)
     assert sentinel.times == 3 * 3 + 1
-    assert sentinel.median_us == median([clockwork.nanoseconds(many[0]) / 1e3])
+    # the longest, whose time says most of the machine
+    assert sentinel.median_us == clockwork.nanoseconds(many[-1]) / 1e3
