@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bitsearch.kernels import launches
 from bitsearch.kernels.nvrtc import source_hash
 
 STEPS = {
@@ -95,6 +96,10 @@ def main(out: Path, steps: list[str]) -> None:
             signal.alarm(0)
         result["seconds"] = round(time.perf_counter() - start, 1)
         result["after"] = device()
+        result["tuned"] = {
+            f"{units},{bits}": [how.warps, how.stages, how.resident]
+            for (units, bits), how in launches.TUNED.items()
+        }
         (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"== {name}: {result['seconds']} s, {result.get('failed', 'done')}", flush=True)
         torch.cuda.empty_cache()

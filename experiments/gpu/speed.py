@@ -170,9 +170,6 @@ def tuning(result: dict[str, Any]) -> None:
                 ]
                 print(f"int{bits} symmetric={symmetric} m={m}: {how}, {times}", flush=True)
     _compiled(followers())
-    result["tuned"] = {
-        f"{cols},{bits}": _numbers(how) for (cols, bits), how in launches.TUNED.items()
-    }
 
 
 def _tried(result: dict[str, Any], name: str, part: Part, columns: int) -> None:
