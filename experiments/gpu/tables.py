@@ -6,6 +6,7 @@ gemma3-270m is the one of experiments/solver_gaps (measured KL).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bitsearch.tables import read_table
 
 HERE = Path(__file__).parent
 OUT = Path("/tmp/res")
+REGIMES = ("batch=1", "batch=64")
 CANDIDATES = {
     "gemma3-270m": "int{2,3,4,5,6,8}-g64,bf16",
     "llama3-8b": "int{2,3,4,5,6,8}-g128-sym,bf16",
@@ -35,12 +37,12 @@ CANDIDATES = {
 def _quiet(stage: str, done: int, total: int) -> None: ...
 
 
-def _profiled(result: dict[str, Any], model: str, regimes: list[str]) -> None:
+def _profiled(result: dict[str, Any], model: str) -> None:
     path, folder = OUT / f"profile-{model}.jsonl", HERE / "models" / model
     made = make_profile(
         str(folder),
         path,
-        [parse_regime(text) for text in regimes],
+        [parse_regime(text) for text in REGIMES],
         device="cuda",
         threads=1,
         candidates=CANDIDATES[model],
@@ -49,8 +51,8 @@ def _profiled(result: dict[str, Any], model: str, regimes: list[str]) -> None:
         seed=0,
         progress=_quiet,
     )
-    result["profile_seconds"] = made["seconds"]
-    print(f"profile of {model}: {made['seconds']:.1f} s, {made['cells']} cells", flush=True)
+    result["profile_seconds"], result["in_step"] = made["seconds"], made["in_step"]
+    print(f"profile of {model}: {made['seconds']:.1f} s, {made['in_step']}", flush=True)
     found = check_profile(path, None, revision=None, seed=0, progress=_quiet)
     result["checks"] = found["checks"]
     for check in found["checks"]:
@@ -63,12 +65,12 @@ def _profiled(result: dict[str, Any], model: str, regimes: list[str]) -> None:
 
 def profile_gemma(result: dict[str, Any]) -> None:
     """Table and check of gemma3-270m."""
-    _profiled(result, "gemma3-270m", ["batch=1"])
+    _profiled(result, "gemma3-270m")
 
 
 def profile_llama(result: dict[str, Any]) -> None:
     """Table and check of Llama-3-8B's shapes."""
-    _profiled(result, "llama3-8b", ["batch=1"])
+    _profiled(result, "llama3-8b")
 
 
 def search(result: dict[str, Any]) -> None:
@@ -106,36 +108,53 @@ def search_llama(result: dict[str, Any]) -> None:
 
 
 def _search(result: dict[str, Any], model: str, damage: Any, size: Any) -> None:
-    """Policies under a time and under bytes, each measured from end to end."""
+    """Policies under a time, under bytes, and under both, each measured from end to end."""
     path = OUT / f"profile-{model}.jsonl"
-    profile, regime = load_profile(path), parse_regime("batch=1")
+    profile = load_profile(path)
     layout, config, _ = open_layout(str(HERE / "models" / model))
     formats = list(parse_formats(CANDIDATES[model]))
-    allowed = np.ones(damage.shape, bool)
-    times = latency(profile, path, layout, formats, allowed, regime)
-    device = open_device("cuda", 1)
-    solve = load_solver("pareto_dp")
-    ends = [times.total(np.full(len(layout.units), column)) for column in (0, len(formats) - 1)]
-    for share in (0.2, 0.4, 0.6, 0.8):
-        budget = int(min(ends) + share * (max(ends) - min(ends)))
-        fast = solve(_problem(damage, times, budget)).choice
-        weight = int(size[np.arange(len(fast)), fast].sum())
-        small = solve(Problem(damage, size[None], np.array([weight]))).choice
-        reached = float(damage[np.arange(len(fast)), fast].sum())
-        equal = _smallest(solve, damage, size, reached)
-        for name, choice in (("time", fast), ("bytes", small), ("bytes at its damage", equal)):
+    device, units = open_device("cuda", 1), np.arange(len(layout.units))
+    for text in REGIMES:
+        regime = parse_regime(text)
+        times = latency(profile, path, layout, formats, np.ones(damage.shape, bool), regime)
+        for by, budgets, choice in _policies(damage, size, times):
             policy = [(unit, formats[c]) for unit, c in zip(layout.units, choice, strict=True)]
             measured, wall = measured_step(device, layout, config, policy, regime)
             row = {
-                "budget_us": budget / 1e3, "by": name,
+                "regime": text, "by": by, **budgets,
                 "predicted_us": times.total(np.asarray(choice)) / 1e3,
                 "measured_us": measured / 1e3, "wall_us": wall / 1e3,
-                "damage": float(damage[np.arange(len(choice)), choice].sum()),
-                "bytes": int(size[np.arange(len(choice)), choice].sum()),
+                "damage": float(damage[units, choice].sum()),
+                "bytes": int(size[units, choice].sum()),
                 "policy": {unit.name: format.name for unit, format in policy},
             }  # fmt: skip
             result["rows"].append(row)
             print({key: row[key] for key in row if key != "policy"}, flush=True)
+
+
+def _policies(damage: Any, size: Any, times: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """What they were found by, their budgets, and they."""
+    solve, units = load_solver("milp"), np.arange(len(size))
+    fastest = times.total(times.nanoseconds.argmin(1))
+    widest = times.total(np.full(len(size), size.shape[1] - 1))
+    for share in (0.2, 0.4, 0.6, 0.8):
+        budget = int(fastest + share * (widest - fastest))
+        told = {"budget_us": budget / 1e3}
+        fast = solve(_problem(damage, times, budget)).choice
+        yield "time", told, fast
+        weight = int(size[units, fast].sum())
+        yield "bytes", told, solve(Problem(damage, size[None], np.array([weight]))).choice
+        reached = float(damage[units, fast].sum())
+        yield "bytes at its damage", told, _smallest(solve, damage, size, reached)
+    for share in (0.25, 0.4):
+        weight = int(share * size.max(1).sum())
+        small = solve(Problem(damage, size[None], np.array([weight]))).choice
+        yield "these bytes", {"budget_bytes": weight}, small
+        for cut in (0.95, 0.9):
+            budget = int(fastest + cut * (times.total(small) - fastest))
+            costs, limits = np.stack([size, times.nanoseconds]), [weight, budget - times.rest]
+            told = {"budget_bytes": weight, "budget_us": budget / 1e3}
+            yield "both", told, solve(Problem(damage, costs, np.array(limits))).choice
 
 
 def _problem(damage: Any, times: Any, budget: int) -> Problem:
