@@ -44,8 +44,8 @@ class _Launch(Generic[P]):
 # far longer than its launches do alone, most likely since blocks of one launch then share some
 # multiprocessors while others idle.
 TUNED = {
-    **{(1, bits): Tuning(24, 3) for bits in range(1, 7)},
-    **{(1, bits): Tuning(16, 4) for bits in (7, 8)},
+    **{(1, bits): Tuning(20, 3) for bits in range(1, 6)},
+    **{(1, bits): Tuning(12, 6) for bits in range(6, 9)},
     **{(2, bits): Tuning(16, 4) for bits in (1, 2, 4)},
     (2, 5): Tuning(16, 3),
     **{(2, bits): Tuning(16, 2) for bits in (3, 6, 7, 8)},

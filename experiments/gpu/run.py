@@ -30,7 +30,7 @@ STEPS = {
     "correctness": "correct",
     "conformance": "correct",
     "sanitizer": "correct",
-    "tuning": "speed",
+    "tuning": "stack",
     "kinds": "speed",
     "counters": "counters",
     "grid": "speed",

@@ -20,7 +20,6 @@ from bitsearch.kernels.fused import Fused
 from bitsearch.kernels.nvrtc import compile_kernel
 from bitsearch.kernels.operators import matmul
 from bitsearch.kernels.partition import Tuning
-from bitsearch.kernels.random_planes import Part
 from bitsearch.kernels.replay import Replay
 
 ROTATION = 256 << 20  # bytes of weights before one comes again; five times the L2
@@ -30,19 +29,6 @@ SHAPES = {
     "gate_up": (28672, 4096),
     "down": (4096, 14336),
 }
-
-
-def loop(weights: list[Fused], m: int, dtype: torch.dtype, tuning: Tuning, overlap: bool) -> Replay:
-    """One launch on each copy."""
-    x = random_input(m, weights[0].columns, dtype)
-    outs = [torch.empty(m, weights[0].rows, dtype=dtype, device="cuda") for _ in range(2)]
-    turns = max(1, 24 // len(weights))
-    return Replay(
-        [
-            partial(launches.stream, x, weight, None, outs[i % 2], tuning, overlap)
-            for i, weight in enumerate(weights * turns)
-        ]
-    )
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -60,27 +46,6 @@ def spread(samples: list[float]) -> dict[str, float]:
 def rotated(weight: Fused) -> list[Fused]:
     """As many copies as fill the rotation."""
     return copies(weight, max(2, -(-ROTATION // weight.nbytes)))
-
-
-TUNINGS = [
-    Tuning(*values)
-    for values in (
-        (16, 4, 1), (16, 3, 1), (16, 2, 1), (16, 6, 1), (12, 4, 1), (12, 3, 1), (8, 4, 2),
-        (8, 6, 2), (8, 6, 1), (8, 8, 1), (24, 3, 1),
-    )
-]  # fmt: skip
-# By width: group size, symmetry, and the widths that take what it finds.
-TUNED_WIDTHS = {4: (4, 5), 2: (1, 2), 3: (3,), 6: (6, 7), 8: (8,)}
-
-
-def tuning_entries() -> list[str]:
-    """Entry points of `tuning`."""
-    found = []
-    for bits, m, how in itertools.product(TUNED_WIDTHS, (1, 16), TUNINGS):
-        found.append(entries.stream(torch.bfloat16, m, ((bits, 1, False),), how))
-        if bits in (2, 4):
-            found.append(entries.stream(torch.bfloat16, m, ((bits, 2, True),), how))
-    return found
 
 
 def kinds_entries() -> list[str]:
@@ -113,7 +78,7 @@ BATCHED = ((1, False), (2, True), (0, True), (4, False))  # scales in a tile, ze
 
 
 def followers() -> list[str]:
-    """Entry points of the steps after `tuning`, as it has found them to be best."""
+    """Entry points of `grid`, `stack`, `segments` and the tables."""
     found = []
     sets: list[tuple[entries.Kind, ...]] = [((bits, 1, False),) for bits in range(2, 9)]
     sets += [((2, 1, False), (4, 1, False), (8, 1, False)), ((2, 1, False), (8, 1, False))]
@@ -135,76 +100,14 @@ def _tuned(kinds: tuple[entries.Kind, ...], m: int) -> Tuning:
 
 def compile(result: dict[str, Any]) -> None:
     """Compile on all cores what the other steps want."""
-    result["bytes"] = _compiled([*wanted(), *kinds_entries(), *followers()])
+    result["bytes"] = compiled([*wanted(), *kinds_entries(), *followers()])
 
 
-def _compiled(entry: list[str]) -> int:
+def compiled(entry: list[str]) -> int:
+    """Compile on all cores; bytes of machine code."""
     with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
         unique = list(dict.fromkeys(entry))
         return sum(map(len, pool.map(partial(compile_kernel, target="sm_90a"), unique)))
-
-
-def tuning(result: dict[str, Any]) -> None:
-    """How the kernel is best built, by width and rows of x; later steps of this run use it."""
-    _compiled(tuning_entries())
-    for bits, (name, (rows, columns)) in itertools.product(TUNED_WIDTHS, SHAPES.items()):
-        part: Part = (rows, bits, 128, True)
-        _tried(result, name, part, columns)
-        if bits in (2, 4):
-            _tried(result, name, (rows, bits, 64, False), columns)
-    for bits, m in itertools.product(TUNED_WIDTHS, (1, 16)):
-        rows_ = [r for r in result["rows"] if (r["bits"], r["m"]) == (bits, m)]
-        for symmetric in (True, False):
-            own = [r for r in rows_ if r["symmetric"] is symmetric]
-            if not own:
-                continue
-            best = min(TUNINGS, key=lambda how: _score(own, how))
-            if symmetric:
-                for near in TUNED_WIDTHS[bits]:
-                    launches.TUNED[m // 8 or 1, near] = best
-            for how in sorted(TUNINGS, key=lambda how: _score(own, how))[:4]:
-                times = [
-                    (r["shape"], r["us"])
-                    for r in own
-                    if r.get("us") and r["overlap"] and r["tuning"] == _numbers(how)
-                ]
-                print(f"int{bits} symmetric={symmetric} m={m}: {how}, {times}", flush=True)
-    _compiled(followers())
-
-
-def _tried(result: dict[str, Any], name: str, part: Part, columns: int) -> None:
-    """Every tuning of one matrix, in random order."""
-    _, bits, _, symmetric = part
-    weights = rotated(random_fused([part], columns, bits))
-    for m in (1, 16):
-        for how, overlap in itertools.product(
-            random.Random(0).sample(TUNINGS, len(TUNINGS)), (True, False)
-        ):
-            if not overlap and how != Tuning():
-                continue
-            row: dict[str, Any] = {
-                "shape": name, "bits": bits, "symmetric": symmetric, "m": m, "overlap": overlap,
-                "tuning": _numbers(how), "bytes": weights[0].nbytes,
-            }  # fmt: skip
-            try:
-                replay = loop(weights, m, torch.bfloat16, how, overlap)
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"
-            else:
-                replay.sample()
-                row |= spread([replay.sample() for _ in range(5)])
-                replay.close()
-            result["rows"].append(row)
-
-
-def _numbers(how: Tuning) -> list[int]:
-    return [how.warps, how.stages, how.resident]
-
-
-def _score(rows: list[dict[str, Any]], how: Tuning) -> float:
-    """Time of a block's four launches."""
-    own = [r.get("us", 1e9) for r in rows if r["overlap"] and r["tuning"] == _numbers(how)]
-    return sum(own)
 
 
 def grid(result: dict[str, Any]) -> None:
@@ -241,7 +144,7 @@ def grid(result: dict[str, Any]) -> None:
 
 def kinds(result: dict[str, Any]) -> None:
     """The kernels for more than 16 rows of x beside each other: batch, dequantize, bytes."""
-    _compiled(kinds_entries())
+    compiled(kinds_entries())
     for (name, (rows, columns)), bits in itertools.product(SHAPES.items(), (2, 4, 8)):
         weights = rotated(random_fused([(rows, bits, 128, True)], columns, bits))
         for m in (1, 17, 32, 64, 128, 256, 2048):

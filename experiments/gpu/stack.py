@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable
@@ -9,16 +10,20 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from speed import SHAPES, matmul_overlapping, rotated, spread
+from speed import SHAPES, compiled, matmul_overlapping, rotated, spread
 from torch.nn.functional import linear
 from weights import random_fused, random_input
 
+from bitsearch.kernels import entries, launches
 from bitsearch.kernels.fused import Fused
+from bitsearch.kernels.partition import Tuning
 from bitsearch.kernels.random_planes import Part
 from bitsearch.kernels.replay import Replay
 
 BLOCKS = 32
 WIDTHS = (2, 3, 4, 5, 6, 8)
+TUNINGS = [Tuning(28, 2), Tuning(24, 2), Tuning(24, 3), Tuning(20, 3), Tuning(16, 3),
+           Tuning(16, 4), Tuning(16, 6), Tuning(12, 6)]  # fmt: skip
 Choice = list[tuple[str, int]]
 
 
@@ -87,6 +92,35 @@ def _row(label: str, m: int, replay: Replay, size: int) -> dict[str, Any]:
     return {"stack": label, "m": m, "bytes": size, **spread(samples)}
 
 
+def tuning(result: dict[str, Any]) -> None:
+    """Stacks of one width under other tunings than those shipped: single launches mislead."""
+    entry = [
+        entries.stream(torch.bfloat16, 1, ((bits, 1, False),), how)
+        for how, bits in itertools.product(TUNINGS, WIDTHS)
+    ]
+    compiled(entry)
+    shipped = dict(launches.TUNED)
+    for how in TUNINGS:
+        launches.TUNED.update({(1, bits): how for bits in WIDTHS})
+        launches.tuning_for.cache_clear()
+        single = _singles(1)
+        xs = {k: random_input(1, k, torch.bfloat16) for _, k in SHAPES.values()}
+        for bits in WIDTHS:
+            drawn = [_drawn(name, bits) for _ in range(BLOCKS) for name in SHAPES]
+            weights = [Fused(weight.shapes, weight.data.clone()) for weight in drawn]
+            torch.cuda.synchronize()
+            replay = Replay([partial(matmul_overlapping, xs[w.columns], w) for w in weights])
+            row = _row(f"uniform-{bits}", 1, replay, sum(w.nbytes for w in weights))
+            row["tuning"] = [how.warps, how.stages, how.resident]
+            row["single_us"] = {name: round(single[name, bits], 2) for name in SHAPES}
+            row["predicted_us"] = round(BLOCKS * sum(row["single_us"].values()), 1)
+            result["rows"].append(row)
+            print({k: row[k] for k in ("tuning", "stack", "us", "predicted_us")}, flush=True)
+            del weights
+    launches.TUNED.update(shipped)
+    launches.tuning_for.cache_clear()
+
+
 def segments(result: dict[str, Any]) -> None:
     """Several widths in one launch against a launch for each."""
     sets: dict[str, list[Part]] = {
@@ -112,12 +146,12 @@ def segments(result: dict[str, Any]) -> None:
 
 def _timed(x: torch.Tensor, turns: list[list[Fused]]) -> dict[str, float]:
     """Microseconds of one turn, each of which launches all of its matrices."""
-    launches: list[Callable[[], object]] = [
+    runs: list[Callable[[], object]] = [
         partial(matmul_overlapping, x, weight)
         for turn in turns * max(1, 24 // len(turns))
         for weight in turn
     ]
-    replay = Replay(launches)
+    replay = Replay(runs)
     replay.sample()
     found = spread([replay.sample() * len(turns[0]) for _ in range(7)])
     replay.close()
