@@ -308,7 +308,8 @@ def _checked(
         mean_error=statistics.mean(errors),
         worst_error=max(errors),
         spearman=spearman,
-        passed=statistics.mean(errors) <= mean and max(errors) <= worst and spearman >= least,
+        times=statistics.mean(errors) <= mean and max(errors) <= worst,
+        ranks=spearman >= least,
     )
 
 

@@ -97,6 +97,14 @@ def profile(
         emit(found, json_, lambda: print_profile(found))
 
 
+VERDICTS = {
+    "time": "good for times",
+    "times only": "good for times, not for the order of policies that take about as long",
+    "ranking only": "ranking only",
+    "neither": "good for neither times nor ranking",
+}
+
+
 def print_profile(found: dict[str, Any]) -> None:
     """A table's cells, or its checks if it has any."""
     protocol = found["protocol"]
@@ -161,6 +169,8 @@ def _print_cells(found: dict[str, Any]) -> None:
 
 
 def _print_checks(found: dict[str, Any]) -> None:
+    from bitsearch.kernels.profile_file import use_of
+
     for check in found["checks"]:
         table = Table(
             Column(check["regime"]),
@@ -181,7 +191,7 @@ def _print_checks(found: dict[str, Any]) -> None:
                 f"{row['wall_us'] / 1e3:.3f}",
             )
         out.print(table)
-        verdict = "good for times" if check["passed"] else "ranking only"
+        verdict = VERDICTS[use_of(check["times"], check["ranks"])]
         out.print(
             f"{check['regime']}: mean error {100 * check['mean_error']:.1f} %, worst "
             f"{100 * check['worst_error']:.1f} %, rank correlation {check['spearman']:.3f}: "

@@ -97,8 +97,8 @@ class Stability:
     Attributes:
         spread: largest interquartile range of a cell, as a share of its median.
         drift: largest drift of the sentinel over a run, as a share.
-        error: most mean and worst error of predicted times, and the least rank
-            correlation, for a table to be more than a ranking.
+        error: most mean and worst error of predicted times, for a table to be good for
+            times, and the least rank correlation, for a ranking.
     """
 
     spread: float

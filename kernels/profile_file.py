@@ -20,6 +20,7 @@ SCHEMA: Literal["bitsearch.profile/1"] = "bitsearch.profile/1"
 
 Size = Annotated[int, Field(ge=1, le=2**40)]
 Time = Annotated[float, Field(ge=0, lt=1e15)]
+Use = Literal["time", "times only", "ranking only", "neither"]
 _Line = TypeVar("_Line", bound=BaseModel)
 
 
@@ -90,7 +91,8 @@ class Check(_Strict):
         mean_error: mean |predicted − measured| / measured.
         worst_error: the largest of those.
         spearman: rank correlation of predicted with measured.
-        passed: whether the device's bar is met.
+        times: whether errors keep the device's bars.
+        ranks: whether the rank correlation does; it cannot where all policies take about as long.
     """
 
     regime: str
@@ -98,7 +100,8 @@ class Check(_Strict):
     mean_error: float
     worst_error: float
     spearman: float
-    passed: bool
+    times: bool
+    ranks: bool
 
 
 class Header(_Strict):
@@ -137,11 +140,19 @@ class Header(_Strict):
     checks: list[Check] = []
 
     @property
-    def use(self) -> Literal["time", "ranking only", "unchecked"]:
-        """What the table is good for, by its checks."""
+    def use(self) -> Use | Literal["unchecked"]:
+        """What the table is good for, by all of its checks."""
         if not self.checks:
             return "unchecked"
-        return "time" if all(check.passed for check in self.checks) else "ranking only"
+        times, ranks = (all(getattr(c, bar) for c in self.checks) for bar in ("times", "ranks"))
+        return use_of(times, ranks)
+
+
+def use_of(times: bool, ranks: bool) -> Use:
+    """In words, what errors and ranks within their bars make of a table."""
+    if times:
+        return "time" if ranks else "times only"
+    return "ranking only" if ranks else "neither"
 
 
 class Cell(_Strict):

@@ -1,19 +1,11 @@
-"""Other libraries' kernels on the same shapes, in the same run.
-
-Marlin has no wheel: MARLIN names its `marlin_cuda_kernel.cu`, which nvcc compiles.
-"""
+"""Other libraries' kernels on the same shapes, in the same run."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import subprocess
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +20,11 @@ Make = Callable[[int, int, int], tuple[Callable[[torch.Tensor], object], int]]
 
 
 def peers(result: dict[str, Any]) -> None:
-    """cuBLAS, ours, torch int4, Marlin, bitsandbytes, Humming, GemLite."""
+    """cuBLAS, ours, torch int4, bitsandbytes, Humming, GemLite."""
     makers: dict[str, tuple[tuple[int, ...], Make]] = {
         "cublas-bf16": ((16,), _cublas),
         "ours": ((2, 3, 4, 8), _ours),
         "torch-int4": ((4,), _torch_int4),
-        "marlin": ((4,), _marlin),
         "bitsandbytes-nf4": ((4,), _bitsandbytes),
         "humming": ((2, 3, 4), _humming),
         "gemlite": ((4, 2, 8), _gemlite),
@@ -63,8 +54,7 @@ def _measure(
     count = min(32, max(2, -(-ROTATION // size)))
     made = [first, *(make(rows, columns, bits)[0] for _ in range(count - 1))]
     for m in (1, 16, 64, 256):
-        # Marlin knows float16 alone.
-        x = random_input(m, columns, torch.float16 if peer == "marlin" else torch.bfloat16)
+        x = random_input(m, columns, torch.bfloat16)
         try:
             replay = Replay([partial(run, x) for run in made * max(1, 24 // count)])
         except Exception as error:
@@ -140,37 +130,3 @@ def _bitsandbytes(rows: int, columns: int, _: int) -> tuple[Callable[[torch.Tens
     data, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     size = data.nbytes + state.absmax.nbytes
     return lambda x: bnb.matmul_4bit(x, data.t(), quant_state=state), size
-
-
-def _marlin(rows: int, columns: int, _: int) -> tuple[Callable[[torch.Tensor], object], int]:
-    codes = torch.randint(-(2**31), 2**31, (columns // 16, rows * 2), device="cuda").int()
-    scales = torch.rand(columns // 128, rows, device="cuda").half()
-    locks = torch.zeros(rows // 128 * 16, dtype=torch.int32, device="cuda")
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(len(x), rows, dtype=x.dtype, device="cuda")
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        data = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, codes, out, scales)]
-        shape = (len(x), rows, columns)
-        failed = _marlin_library()(
-            *data, *shape, ctypes.c_void_p(locks.data_ptr()), 128, 0, stream, -1, -1, -1, 16
-        )
-        if failed:
-            raise RuntimeError(f"marlin: error {failed}")
-        return out
-
-    return run, codes.nbytes + scales.nbytes
-
-
-@cache
-def _marlin_library() -> Callable[..., int]:
-    """`marlin_cuda`, compiled for this GPU."""
-    library = Path(tempfile.mkdtemp()) / "marlin.so"
-    subprocess.run(
-        ["nvcc", "-O3", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC",
-         os.environ["MARLIN"], "-o", library],
-        check=True,
-    )  # fmt: skip
-    name = "_Z11marlin_cudaPKvS0_PvS1_iiiS1_iiP11CUstream_stiiii"
-    found: Callable[..., int] = ctypes.CDLL(str(library))[name]
-    return found

@@ -32,7 +32,7 @@ from bitsearch.budget import parse_budget, resources
 from bitsearch.damage import measure
 from bitsearch.evaluate import interval
 from bitsearch.judge import Judge
-from bitsearch.kernels.profile_file import load_profile
+from bitsearch.kernels.profile_file import load_profile, use_of
 from bitsearch.kernels.regime import Regime, parse_regime
 from bitsearch.objectives.cost.latency import latency
 from bitsearch.profile import check_profile, make_profile
@@ -179,7 +179,7 @@ def print_check(path: Path) -> None:
         print(
             f"| {check.regime} | {len(check.configurations)} | {100 * check.mean_error:.1f} % | "
             f"{100 * check.worst_error:.1f} % | {check.spearman:.3f} | "
-            f"{'times' if check.passed else 'ranking only'} |"
+            f"{use_of(check.times, check.ranks)} |"
         )
 
 
