@@ -47,7 +47,13 @@ class Protocol(_Strict):
 
 
 class Sentinel(_Strict):
-    """One cell timed again and again while the others were: its median and drift."""
+    """One cell timed again and again while the others were.
+
+    Attributes:
+        median_us: of its times.
+        drift: range of the medians of three times in a row, as a share of that.
+        times: how many.
+    """
 
     median_us: Time
     drift: float = Field(ge=0)

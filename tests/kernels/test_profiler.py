@@ -57,11 +57,22 @@ def test_scattered_times_are_marked_unstable(clockwork: Clockwork) -> None:
 
 
 def test_a_drifting_machine_gives_no_table(clockwork: Clockwork) -> None:
-    # no cell takes more samples than that at a time: the first sentinel sees no change
-    clockwork.noise = chain(repeat(1.0, 65), repeat(1.5))
+    # in the second round, of 65 samples a cell
+    clockwork.noise = chain(repeat(1.0, 65 * 60), repeat(1.5))
     many = [Launch(1, 256, ((64 + n, "int4-g32"),)) for n in range(2 * EVERY)]
     with pytest.raises(BadInput, match=r"too busy to be profiled: .* drifted by \d+ %"):
         timed(clockwork, many)
+
+
+def test_a_burst_at_one_sentinel_is_no_drift(clockwork: Clockwork) -> None:
+    many = [Launch(1, 256, ((64 + n, "int4-g32"),)) for n in range(2 * EVERY)]
+    # 65 samples of the first sentinel and of each cell before the second
+    quiet = 65 * (1 + EVERY)
+    clockwork.noise = chain(repeat(1.0, quiet), repeat(3.0, 65), repeat(1.0))
+    cells, sentinel = timed(clockwork, many)
+    assert sentinel.drift == 0
+    exact = [clockwork.nanoseconds(launch) / 1e3 for launch in many]
+    assert [cell.median_us for cell in cells] == pytest.approx(exact)
 
 
 def test_the_sentinel_comes_back_throughout(clockwork: Clockwork) -> None:
