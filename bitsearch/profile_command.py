@@ -123,15 +123,15 @@ def print_profile(found: dict[str, Any]) -> None:
 
 def _print_cells(found: dict[str, Any]) -> None:
     table = Table(
-        "launch", "rows", "format", Column("µs", justify="right"), Column("quartiles"),
-        Column("in a step", justify="right"),
+        "launch", "rows", "format", Column("µs", justify="right"),
+        Column("spread", justify="right"), Column("in a step", justify="right"),
         Column("GB/s", justify="right"), Column("error", justify="right"), "", box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )  # fmt: skip
     for cell in found["table"]:
         if cell["status"] == "unsupported":
             continue
-        name = f"rest, context {cell['context']}"
+        name = f"rest at {cell['context']}"
         if cell["op"] == "linear":
             name = f"{sum(rows for rows, _ in cell['segments'])} × {cell['k']}"
         table.add_row(
@@ -139,7 +139,7 @@ def _print_cells(found: dict[str, Any]) -> None:
             str(cell["m"]),
             "+".join(format for _, format in cell["segments"]) or cell["phase"],
             f"{cell['median_us']:.1f}",
-            f"{cell['p25_us']:.1f}–{cell['p75_us']:.1f}",
+            f"{100 * (cell['p75_us'] - cell['p25_us']) / max(cell['median_us'], 1e-9):.0f} %",
             "" if cell["step_us"] is None else f"{cell['step_us']:.1f}",
             f"{cell['bytes'] / cell['median_us'] / 1e3:.1f}" if cell["median_us"] else "",
             f"{cell['error']:.4f}" if cell["op"] == "linear" else "",
@@ -160,7 +160,8 @@ def _print_cells(found: dict[str, Any]) -> None:
         out.print(
             f"{in_step['steps']} whole steps: sums of lone launches miss "
             f"{100 * in_step['alone_error']:.1f} %, times inside of steps "
-            f"{100 * in_step['fitted_error']:.1f} % of each left out"
+            f"{100 * in_step['fitted_error']:.1f} % of each left out: "
+            f"{'used' if in_step['used'] else 'not used'}"
         )
     if found["estimated"]:
         out.print("estimated from a few numbers, not measured: search with --estimated")

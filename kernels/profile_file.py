@@ -67,16 +67,13 @@ class InStep(_Strict):
         steps: whole steps that were timed.
         alone_error: of the sums of lone launches: root mean square, relative to each step.
         fitted_error: of times inside of steps, of each step when it was left out.
+        used: whether they do, see `objectives.cost.in_step`.
     """
 
     steps: int
     alone_error: float = Field(ge=0)
     fitted_error: float = Field(ge=0)
-
-    @property
-    def used(self) -> bool:
-        """Whether they do: they predict better, by more than a thousandth of a step."""
-        return self.fitted_error < self.alone_error - 1e-3
+    used: bool
 
 
 class Checked(_Strict):

@@ -7,8 +7,9 @@ norms and the attention of a model it does neither. What lone times t miss of wh
 
 is fitted by least squares, relative to each step: r for each regime, a and b for each kernel and
 number of rows. So few numbers are told apart by a few dozen steps, whatever the launches and
-formats. They are used where they predict steps that were left out (each once) better than lone
-times do; on a machine whose steps vary by more than lone times miss, they do not.
+formats. They are used where they halve, at least, what lone times miss of steps that were left
+out (each once), make it larger in no regime, and leave no launch or rest without time; where
+steps vary by themselves, or each format has its own kernel, they do not.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _SEED = 1 << 31  # apart from the seeds of checks
+_LEAST = 2e-3  # error of lone times that is worth a correction
 _SMALLEST = 1e-6  # singular value, of the largest: below it nothing tells two numbers apart
 
 Floats = NDArray[np.float64]
@@ -98,15 +100,22 @@ def corrected(cells: Sequence[Cell], counts: Floats, measured: Floats) -> tuple[
     fitted = left.T @ missed
     # Leaving a step out leaves its residual over 1 − its leverage.
     out = (missed - left @ fitted) / np.maximum(1 - (left**2).sum(1), 1e-9)
+    times = alone + terms @ (right.T @ (fitted / values) / size[size > 0])
+    rests = [column for column, cell in enumerate(cells) if cell.op == "rest"]
+    of_regimes = [counts[:, column] > 0 for column in rests]
     found = InStep(
         steps=len(measured),
-        alone_error=float(np.sqrt(np.mean(missed**2))),
-        fitted_error=float(np.sqrt(np.mean(out**2))),
+        alone_error=_rms(missed),
+        fitted_error=_rms(out),
+        used=bool(
+            _rms(out) < _rms(missed) / 2
+            and _rms(missed) > _LEAST
+            and all(_rms(out[own]) <= _rms(missed[own]) for own in of_regimes if own.any())
+            and (times[np.any(terms, axis=1)] > 0).all()
+        ),
     )
     if not found.used:
         return list(cells), found
-    added = terms @ (right.T @ (fitted / values) / size[size > 0])
-    times = np.maximum(0.0, alone + added)
     return [
         cell.model_copy(update={"step_us": float(time)}) if has else cell
         for cell, time, has in zip(cells, times, np.any(terms, axis=1).tolist(), strict=True)
@@ -119,6 +128,10 @@ def launches(layout: ModelLayout, choice: Choice, regime: Regime) -> Counter[Lau
     return Counter(
         launch_of(unit, format.name, regime) for unit, format in choice if is_launched(unit, tied)
     )
+
+
+def _rms(values: Floats) -> float:
+    return float(np.sqrt(np.mean(values**2)))
 
 
 def _terms(cells: Sequence[Cell], alone: Floats) -> Floats:

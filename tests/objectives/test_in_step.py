@@ -111,11 +111,33 @@ def test_the_error_is_that_of_steps_left_out() -> None:
     assert how.fitted_error == pytest.approx(np.sqrt(np.mean(np.square(missed))), rel=1e-6)
 
 
-def test_no_launch_takes_less_than_nothing() -> None:
+def test_a_fit_that_leaves_a_launch_without_time_is_not_used() -> None:
     counts = steps(5)
     alone = np.array([cell.median_us for cell in CELLS])
     found, how = corrected(CELLS, counts, counts @ np.maximum(alone - 5, 0.1))
-    assert how.used and all(cell.adds_us >= 0 for cell in found)
+    assert how.fitted_error < how.alone_error / 2
+    assert not how.used and found == CELLS
+
+
+def test_a_fit_that_spoils_one_regime_is_not_used() -> None:
+    cells = [*CELLS, CELLS[-1].model_copy(update={"context": 256})]
+    alone = np.array([cell.median_us for cell in cells])
+    counts = np.column_stack([steps(7, 80), np.zeros(80)])
+    counts[:8, -2:] = (0, 1)
+    measured = counts @ (1.5 * alone)
+    assert corrected(cells, counts, measured)[1].used
+    measured[:8] = counts[:8] @ alone
+    found, how = corrected(cells, counts, measured)
+    assert how.fitted_error < how.alone_error / 2
+    assert not how.used and found == cells
+
+
+def test_a_fit_that_explains_little_is_not_used() -> None:
+    counts, noise = steps(8), np.random.default_rng(9).normal(1, 0.08, 40)
+    alone = np.array([cell.median_us for cell in CELLS])
+    found, how = corrected(CELLS, counts, 1.1 * counts @ alone * noise)
+    assert how.fitted_error > how.alone_error / 2
+    assert not how.used and found == CELLS
 
 
 def test_a_kernel_that_no_step_has_keeps_its_lone_time() -> None:
