@@ -123,8 +123,8 @@ def print_profile(found: dict[str, Any]) -> None:
 
 def _print_cells(found: dict[str, Any]) -> None:
     table = Table(
-        "launch", "rows", "format", Column("µs", justify="right"),
-        Column("spread", justify="right"), Column("in a step", justify="right"),
+        Column("launch", no_wrap=True), "rows", "format", Column("µs", justify="right"),
+        Column("spread", justify="right"), Column("in step", justify="right"),
         Column("GB/s", justify="right"), Column("error", justify="right"), "", box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )  # fmt: skip
@@ -133,7 +133,7 @@ def _print_cells(found: dict[str, Any]) -> None:
             continue
         name = f"rest at {cell['context']}"
         if cell["op"] == "linear":
-            name = f"{sum(rows for rows, _ in cell['segments'])} × {cell['k']}"
+            name = f"{sum(rows for rows, _ in cell['segments'])}×{cell['k']}"
         table.add_row(
             name,
             str(cell["m"]),
