@@ -72,6 +72,8 @@ def candidate_weights(
     reference: Parameters = stored or model
     quantizer = load_quantizer(policy.quantizer.method)
     wanted = policy.quantizer.statistics
+    if statistics is not None and not statistics.exists():
+        raise BadInput(f"no file '{statistics}'; without --statistics it is looked for by {path}")
     file = None if wanted is None else _beside(path, wanted, statistics, "calibration")
     importance = {} if file is None else read_mean_squares(file, device)
     moments = None
@@ -178,8 +180,10 @@ def _beside(path: Path, wanted: PolicyFile, given: Path | None, what: str) -> Pa
     for place in [given, *places] if given else places:
         try:
             found = file_sha256(place)
-        except OSError:
+        except FileNotFoundError:
             continue
+        except OSError as error:
+            raise BadInput(f"{place} cannot be read: {error.strerror}") from error
         if found != wanted.sha256:
             raise BadInput(f"{place} is not the {what} that {path} was made with")
         return place

@@ -79,9 +79,9 @@ class Cuda:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
         try:
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            said = ""
-        values = dict(zip(query.split(","), said.strip().split(", "), strict=False))
+            values = dict(zip(query.split(","), said.strip().split(", "), strict=True))
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            values = {"driver_version": f"unknown: nvidia-smi does not tell ({error})"}
         return {
             "cache_bytes": self.cache_bytes(),
             "torch": torch.__version__,

@@ -7,6 +7,7 @@ Other packages add theirs under the entry-point group `bitsearch.devices`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     Linear = Callable[[Tensor], Tensor]
     UnitParts = Callable[[Unit], tuple[str, Parts | None]]
     Vectors = Callable[[str], NDArray[np.float32]]
+
+log = logging.getLogger(__name__)
 
 GROUP = "bitsearch.devices"
 DEVICES = {
@@ -241,8 +244,8 @@ def open_device(name: str, threads: int) -> Device:
     for candidate in AUTO[:-1]:
         try:
             return open_device(candidate, threads)
-        except BadInput:
-            continue
+        except BadInput as error:
+            log.info("not on %s: %s", candidate, error)
     return open_device(AUTO[-1], threads)
 
 

@@ -9,6 +9,7 @@ activations, 2 and 8 bits run a scalar path that is some hundred times slower.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from bitsearch.quantizers.quantized import pack_rows
 
 if TYPE_CHECKING:
     from bitsearch.kernels.devices import Linear, Parts
+
+log = logging.getLogger(__name__)
 
 _BITS, _GROUPS = (2, 4, 8), (16, 32, 64, 128, 256)
 _ACCURACY_LEVEL = 4
@@ -53,6 +56,13 @@ class OnnxRuntime(OnProcessor):
             ) from error
         self._onnx, self._runtime = onnx, onnxruntime
         self._shares = _shares_pool(onnxruntime, threads)
+        if not self._shares:
+            log.warning(
+                "onnxruntime %s has no pool of %d threads that its sessions can share here: "
+                "each has its own, and whole steps take far longer than in a process of its own",
+                onnxruntime.__version__,
+                threads,
+            )
 
     def source(self) -> str:
         return f"onnxruntime {self._runtime.__version__}, accuracy level {_ACCURACY_LEVEL}"

@@ -97,6 +97,7 @@ def _local(reference: str, path: Path) -> Source:
         hint = f"; give the file, e.g. {path / ggufs[0]}" if ggufs else ""
         raise BadInput(f"{path} holds no config.json{hint}")
     _refuse_pickles(path)
+    _refuse_adapter(path)
     return Source(reference, None, path)
 
 
@@ -144,6 +145,7 @@ def _hub(reference: str, name: str, revision: str | None, *, weights: bool = Fal
         raise BadInput(f"hub model '{name}' cannot be fetched: {reason(error)}") from error
     if not (folder / "config.json").is_file():
         raise BadInput(f"hub model '{name}' holds no config.json")
+    _refuse_adapter(folder)
     return Source(reference, folder.name, folder)
 
 
@@ -151,14 +153,13 @@ def weight_files(source: Source) -> tuple[Path, ...]:
     """The files that hold the weights, sorted by name.
 
     Raises:
-        BadInput: there are none, only pickled ones, or a shard is missing.
+        BadInput: there are none, only pickled ones, or a shard is missing, pickled or elsewhere.
     """
     if source.gguf:
         return (source.where,)
     index = source.path / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(_read_json(index).get("weight_map", {}).values())
-        files = sorted(source.path / str(shard) for shard in shards)
+        files = sorted(source.path / shard for shard in _shards(index))
         if missing := [file.name for file in files if not file.is_file()]:
             raise BadInput(f"{source.path} lacks {len(missing)} weight file(s): {missing[0]}, …")
     else:
@@ -168,6 +169,18 @@ def weight_files(source: Source) -> tuple[Path, ...]:
     if not files:
         raise BadInput(f"{source.path} holds no .safetensors weights (pickled ones are not opened)")
     return tuple(files)
+
+
+def _shards(index: Path) -> set[str]:
+    """Names of the files that an index lists; others than safetensors would be unpickled later."""
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise BadInput(f"{index} has no weight_map; fetch it again")
+    for shard in listed.values():
+        plain = isinstance(shard, str) and Path(shard).name == shard
+        if not plain or not shard.endswith(".safetensors"):
+            raise BadInput(f"{index} lists '{shard}', which is no .safetensors file beside it")
+    return set(listed.values())
 
 
 def has_weights(source: Source) -> bool:
@@ -183,6 +196,15 @@ def _refuse_pickles(folder: Path) -> None:
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened; "
             "convert them to safetensors where you trust them: load the folder with transformers "
             "and call save_pretrained on the model and the tokenizer"
+        )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a model with an adapter, which is left out or unpickled as PEFT is here or not."""
+    if (folder / "adapter_config.json").is_file():
+        raise BadInput(
+            f"{folder} holds an adapter (adapter_config.json); merge it into the model first: "
+            "PEFT's merge_and_unload, then save_pretrained"
         )
 
 

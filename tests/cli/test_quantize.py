@@ -157,6 +157,9 @@ def test_bad_requests(cli: Any, searched: Any, tmp_path: Path) -> None:
     assert "--statistics" in cli(*told[:3], away, *told[4:]).complaint(4)
     assert set(os.listdir(tmp_path)) == {"policy.json", "run"}
     statistics = searched.run / "statistics.safetensors"
+    # what is asked for by name is not replaced by what lies beside
+    gone = cli(*told, "--statistics", tmp_path / "gone.safetensors").complaint(4)
+    assert f"no file '{tmp_path / 'gone.safetensors'}'" in gone
     assert cli(*told[:3], away, *told[4:], "--statistics", statistics).code == 0
 
 

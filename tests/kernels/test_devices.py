@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitsearch.errors import BadInput, UsageError
 from bitsearch.formats import parse_format
-from bitsearch.kernels import ggml
+from bitsearch.kernels import ggml, onnxruntime_device
 from bitsearch.kernels.devices import Device, Launch, NoKernel, device_names, open_device
 from bitsearch.quantizers.codec import Encoded
 from bitsearch.quantizers.rtn import quantize
@@ -126,6 +126,30 @@ def test_without_onnxruntime_it_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BadInput, match=r"pip install 'bitsearch\[onnxruntime\]'"):
         open_device("onnxruntime", 1)
+
+
+def test_auto_tells_why_a_device_was_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="bitsearch")
+    assert open_device("auto", 1).name == "ggml" and not caplog.messages
+    monkeypatch.setattr(ggml, "find_spec", lambda _: None)
+    ggml.library.cache_clear()
+    assert open_device("auto", 1).name == "torch-cpu"
+    ggml.library.cache_clear()
+    (told,) = caplog.messages
+    assert told.startswith("not on ggml: ") and "pip install 'bitsearch[ggml]'" in told
+
+
+def test_onnxruntime_tells_that_its_sessions_share_no_threads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime_device, "_POOL", [1])
+    open_device("onnxruntime", 1)
+    assert not caplog.messages
+    open_device("onnxruntime", 2)
+    assert "no pool of 2 threads" in caplog.text
 
 
 def test_onnxruntime_sessions_share_their_threads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from bitsearch.errors import BadInput
 from bitsearch.models import open_layout, resolve
-from bitsearch.models.source import with_weights
+from bitsearch.models.source import weight_files, with_weights
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -71,6 +72,30 @@ def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
     message = refusal(folder)
     assert "pytorch_model.bin" in message
     assert "safetensors" in message
+
+
+@pytest.mark.parametrize(
+    "shard", ["pytorch_model.bin", "../other.safetensors", "/other.safetensors", 3]
+)
+def test_an_index_lists_safetensors_beside_it_alone(folder: Path, shard: Any) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder.parent / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match=rf"lists '{re.escape(str(shard))}', which is no"):
+        weight_files(resolve(str(folder)))
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": ["a"]}', "{}"])
+def test_an_index_without_a_map_is_refused(folder: Path, index: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BadInput, match="has no weight_map"):
+        weight_files(resolve(str(folder)))
+
+
+def test_a_model_with_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert "merge it into the model first" in refusal(folder)
 
 
 def test_pickles_beside_safetensors_do_not_matter(folder: Path) -> None:
