@@ -6,6 +6,8 @@ gemma3-270m is the one of experiments/solver_gaps (measured KL).
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,6 @@ from bitsearch.solvers.problem import Problem
 from bitsearch.tables import read_table
 
 HERE = Path(__file__).parent
-OUT = Path("/tmp/res")
 REGIMES = ("batch=1", "batch=64")
 CANDIDATES = {
     "gemma3-270m": "int{2,3,4,5,6,8}-g64,bf16",
@@ -37,10 +38,15 @@ CANDIDATES = {
 def _quiet(stage: str, done: int, total: int) -> None: ...
 
 
+def _table(model: str) -> Path:
+    """The profile of a model, in the folder that `run.py` was given."""
+    return Path(sys.argv[1]) / f"profile-{model}.jsonl"
+
+
 def _profiled(result: dict[str, Any], model: str) -> None:
-    path, folder = OUT / f"profile-{model}.jsonl", HERE / "models" / model
+    path = _table(model)
     made = make_profile(
-        str(folder),
+        os.path.relpath(HERE / "models" / model),
         path,
         [parse_regime(text) for text in REGIMES],
         device="cuda",
@@ -108,7 +114,7 @@ def search_llama(result: dict[str, Any]) -> None:
 
 def _search(result: dict[str, Any], model: str, damage: Any, size: Any) -> None:
     """Policies under a time, under bytes, and under both, each measured from end to end."""
-    path = OUT / f"profile-{model}.jsonl"
+    path = _table(model)
     profile = load_profile(path)
     layout, config, _ = open_layout(str(HERE / "models" / model))
     formats = list(parse_formats(CANDIDATES[model]))

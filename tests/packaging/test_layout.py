@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_no_file_is_too_long(root: Path) -> None:
         for path in (root / folder).rglob(f"*.{suffix}")
     }
     assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_records_name_no_place_of_the_machine_that_made_them(root: Path) -> None:
+    place = re.compile(rb"(?<![\w.:/-])/(?:home|mnt|opt|root|tmp|Users|usr|var|work)/[\w.-]+")
+    found = {
+        f"{path.relative_to(root)}: {match.group().decode()}"
+        for path in (root / "experiments").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+        for match in place.finditer(path.read_bytes())
+    }
+    assert found == set()
 
 
 @pytest.mark.parametrize(
